@@ -1,0 +1,1 @@
+"""Installed as the package `sptseg.experiments`: the recipes of every run."""
