@@ -1,0 +1,190 @@
+"""What the files around the library promise: one set of requirements, documented commands, a wheel that is complete."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from configparser import ConfigParser
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from sync import ROOT, copy_project, project_files
+
+CONDA_NAMES = {"pytorch": "torch", "python-build": "build"}  # every other package has the same name in both worlds
+RUN_NOTEBOOKS = sorted((ROOT / "nbs/runs").glob("*.ipynb"))
+RECIPES = sorted((ROOT / "nbs/experiments").rglob("*.yaml"))
+
+
+def name_of(path):
+    return path.relative_to(ROOT / "nbs").as_posix()
+
+
+def run(*command, **options):
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600, **options)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def normal(requirements):
+    """{name: version limits} of requirement strings."""
+    parsed = [Requirement(text) for text in requirements]
+    return {canonicalize_name(one.name): sorted(map(str, one.specifier)) for one in parsed}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel built from the files that git has or would add."""
+    folder = tmp_path_factory.mktemp("wheel")
+    checkout = copy_project(folder / "checkout")
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, checkout)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The installed wheel: its folder, an empty folder, and a function that runs python there with nothing else."""
+    site, empty = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("empty")
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel)
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+
+    def python(*arguments):
+        return run(sys.executable, *arguments, cwd=empty, env=environment)
+
+    return SimpleNamespace(site=site, empty=empty, python=python)
+
+
+def project_requirements():
+    """Requirements of the run time and of the extras, read from the metadata that setuptools makes."""
+    program = (
+        "from setuptools.config.pyprojecttoml import read_configuration as read; import json;"
+        "p = read('pyproject.toml', expand=False)['project'];"
+        "print(json.dumps([p['dependencies'], p['optional-dependencies']]))"
+    )
+    runtime, extras = yaml.safe_load(run(sys.executable, "-W", "ignore", "-c", program, cwd=ROOT))
+    return runtime, extras
+
+
+def test_conda_users_get_the_same_requirements():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
+    [pip] = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
+    assert conda[0] == "python=3.11" and environment["channels"] == ["conda-forge"]
+
+    listed = normal(conda[1:] + pip)
+    listed = {CONDA_NAMES.get(name, name): limits for name, limits in listed.items() if name not in ("pip", "make")}
+    runtime, extras = project_requirements()
+    wanted = normal(runtime + [one for extra in extras.values() for one in extra if not one.startswith("sptseg")])
+    assert listed == wanted
+
+
+def test_settings_agree_with_the_package():
+    settings = ConfigParser(interpolation=None)
+    settings.read(ROOT / "settings.ini")
+    settings = settings["DEFAULT"]
+    text = (ROOT / "pyproject.toml").read_text()
+    assert f'__version__ = "{settings["version"]}"' in (ROOT / "sptseg/__init__.py").read_text()
+    assert f'description = "{settings["description"]}"' in text
+    assert f'requires-python = ">={settings["min_python"]},' in text
+
+
+@pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="checks the environment that make install made")
+def test_installed_packages_fit_together():
+    assert "No broken requirements" in run(sys.executable, "-m", "pip", "check")
+
+
+def test_every_make_target_is_listed_with_a_line():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^([a-z]+):", makefile, re.M)
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split()
+    shown = dict(re.findall(r"^  make ([a-z]+) +(\S.*)$", run("make", "-C", ROOT, "help"), re.M))
+    assert sorted(targets) == sorted(phony) == sorted(shown)
+
+
+def test_make_with_an_unsuitable_python_says_so_in_one_line(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "settings.ini"):
+        shutil.copy(ROOT / name, tmp_path)
+    active = ("VIRTUAL_ENV", "CONDA_PREFIX", "MAKEFLAGS", "MAKELEVEL")
+    environment = {key: value for key, value in os.environ.items() if key not in active}
+    command = ["make", "-C", str(tmp_path), "install", "PYTHON=false"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("make")]
+    assert done.returncode != 0 and not (tmp_path / ".venv").exists()
+    assert errors == ["error: false is not Python 3.10 to 3.13; name one: make install PYTHON=python3.11"]
+
+
+def test_wheel_holds_what_the_run_time_needs_and_nothing_else(wheel):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = set()
+    for name in project_files():
+        path = Path(name)
+        if path.parts[0] == "sptseg":
+            expected.add(name)
+        elif path.parts[:2] in (("data", "label_sets"), ("data", "glyph_clip")) or name == "data/__init__.py":
+            expected.add("sptseg/assets/" + path.relative_to("data").as_posix())
+        elif path.parts[:2] == ("nbs", "experiments") and path.suffix in (".py", ".yaml"):
+            expected.add("sptseg/experiments/" + path.relative_to("nbs/experiments").as_posix())
+    assert names == expected
+    assert "sptseg/assets/label_sets/voc.yaml" in names
+
+
+def test_wheel_works_away_from_the_checkout(installed):
+    modules = "sptseg, sptseg.assets, sptseg.experiments, sptseg.data"
+    places = installed.python("-c", f"import {modules}; print(*(module.__file__ for module in ({modules})))").split()
+    assert len(places) == 4 and all(place.startswith(str(installed.site)) for place in places)
+    program = "from sptseg.core import asset_path; print(asset_path('label_sets/voc.yaml'))"
+    assert installed.python("-c", program).startswith(str(installed.site))
+
+
+@pytest.mark.skipif(find_spec("sptseg.cli") is None, reason="sptseg.cli does not exist yet")
+def test_console_command_of_the_wheel(installed):
+    assert "train" in installed.python("-m", "sptseg.cli", "--help")
+    assert not any(installed.empty.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("sptseg.cli") is None, reason="sptseg.cli does not exist yet")
+def test_wheel_trains_in_an_empty_folder(installed):
+    installed.python("-m", "sptseg.cli", "train", "demo/smoke", "--out", "run")
+    assert [path.name for path in installed.empty.iterdir()] == ["run"]
+    assert list((installed.empty / "run").rglob("*.safetensors"))
+
+
+def parameters_cell(notebook):
+    """The source of the one cell tagged `parameters`."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    [cell] = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    return cell.source
+
+
+@pytest.mark.parametrize("notebook", RUN_NOTEBOOKS, ids=name_of)
+def test_parameters_are_typed_and_explained(notebook):
+    source = parameters_cell(notebook)
+    lines = source.splitlines()
+    statements = ast.parse(source).body
+    assert statements
+    for statement in statements:
+        text = ast.unparse(statement)
+        assert isinstance(statement, ast.AnnAssign) and statement.value is not None, f"not `name: type = value`: {text}"
+        assert re.search(r"#\s*\w", lines[statement.end_lineno - 1][statement.end_col_offset :]), f"no comment: {text}"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
+def test_recipes_have_only_known_keys(recipe):
+    """A recipe named after a notebook of nbs/runs sets that notebook's parameters, any other one is a Recipe."""
+    notebook = ROOT / "nbs/runs" / f"{recipe.stem}.ipynb"
+    if notebook.exists():
+        known = {statement.target.id for statement in ast.parse(parameters_cell(notebook)).body}
+        assert set(yaml.safe_load(recipe.read_text())) <= known
+    else:
+        module = pytest.importorskip("sptseg.recipe", reason="sptseg.recipe does not exist yet")
+        module.load_recipe(recipe)
