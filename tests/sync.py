@@ -45,13 +45,16 @@ def move_links(markdown: str, folder: str = "nbs") -> str:
 
 def render_readme(notebook: Path) -> str:
     """nbs/index.ipynb as Markdown, without its hidden cells."""
+    import nbformat
     from nbconvert import MarkdownExporter
     from traitlets.config import Config
 
     if not notebook.is_file():
         sys.exit("nbs/index.ipynb is missing: README.md is made from it")
     hidden = {"RegexRemovePreprocessor": {"enabled": True, "patterns": [r"^#\|\s*(hide|eval:\s*false)"]}}
-    body, resources = MarkdownExporter(config=Config(hidden)).from_filename(str(notebook))
+    content = nbformat.read(notebook, as_version=4)
+    content.metadata.language_info = {"name": "python"}  # nbdev_clean drops it; code blocks are coloured by it
+    body, resources = MarkdownExporter(config=Config(hidden)).from_notebook_node(content)
     if resources["outputs"]:
         sys.exit("nbs/index.ipynb: it draws a picture; save it under figures/ and link to it, as README.md must")
     return re.sub(r"\n{3,}", "\n\n", move_links(body)).strip() + "\n"

@@ -26,9 +26,8 @@ def checkout(tmp_path):
 
 def test_in_sync_means_no_differences(checkout):
     assert sync.differences(checkout) == {}
-    assert (
-        checkout / "README.md"
-    ).read_text() == "# Title\n\n[first](nbs/00_core.ipynb)\n\n```python\nshown = 1\n```\n"
+    readme = (checkout / "README.md").read_text()
+    assert readme == "# Title\n\n[first](nbs/00_core.ipynb)\n\n```python\nshown = 1\n```\n"
 
 
 def test_every_kind_of_drift_is_named(checkout):
