@@ -52,7 +52,7 @@ test: $(STAMP) ## check that all is in sync and formatted, run every notebook an
 	@$(PY) -m pytest -q
 
 lab: $(STAMP) ## open JupyterLab on the notebooks
-	jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs
+	jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs $(if $(filter 0,$(shell id -u)),--allow-root)
 
 wheel: $(STAMP) ## build wheel and source archive into dist/
 	@rm -rf build
