@@ -83,7 +83,7 @@ clean: ## remove caches and built packages; environments, data and runs stay
 
 $(ENV)/bin/python:
 	@test "$(ENV)" = .venv || { echo "error: the active environment $(ENV) has no bin/python; deactivate it" >&2; exit 1; }
-	@$(PYTHON) -c '$(SUPPORTED)' || { echo "error: $(PYTHON) is not Python 3.10 to 3.13; name one: make install PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { echo "error: $(PYTHON) is not Python 3.10 to 3.13; name one: make install PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
 $(STAMP): | $(ENV)/bin/python
