@@ -72,7 +72,7 @@ def pictogram(
     square.paste(small, ((side - width) // 2, (side - height) // 2))
     return square
 
-# %% ../../nbs/81_data.glyphs.ipynb #d11f0bda
+# %% ../../nbs/81_data.glyphs.ipynb #58f69e12
 class Pose(NamedTuple):
     """Where and how a thing stands in the picture."""
 
@@ -81,7 +81,7 @@ class Pose(NamedTuple):
     angle: float  # rotation, radians
     mirrored: bool  # left and right swapped
 
-
+# %% ../../nbs/81_data.glyphs.ipynb #6c2edfa1
 def place(
     thing: str,  # a key of `THINGS`
     pose: Pose,
@@ -102,7 +102,7 @@ def place(
     coverage = np.asarray(found, np.float32) / 255
     return (slice(top, bottom), slice(left, right)), coverage[..., 0], coverage[..., 1]
 
-# %% ../../nbs/81_data.glyphs.ipynb #deb00a02
+# %% ../../nbs/81_data.glyphs.ipynb #69be694d
 def paint(
     hue: float,  # degrees
     saturation: float,  # 0..1
@@ -111,7 +111,7 @@ def paint(
     """HSV to RGB."""
     return np.array(hsv_to_rgb(hue / 360 % 1, saturation, value), np.float32)
 
-
+# %% ../../nbs/81_data.glyphs.ipynb #fe5c6178
 def draw_thing(
     canvas: np.ndarray,  # (H, H, 3) float32 RGB in 0..1, changed in place
     layers: np.ndarray,  # (H, H) uint8, which layer is on top, changed in place
@@ -133,7 +133,7 @@ def draw_thing(
     canvas[region] += silhouette[..., None] * (colours - canvas[region])
     layers[region][silhouette >= 0.5] = layer
 
-# %% ../../nbs/81_data.glyphs.ipynb #4a549f62
+# %% ../../nbs/81_data.glyphs.ipynb #dcb5b22f
 def texture(
     kind: str,  # one of `TEXTURES`
     u: np.ndarray,  # (H, H) first coordinate, radians
@@ -147,7 +147,7 @@ def texture(
     product = np.sin(u) * np.sin(v)
     return np.sign(product) if kind == "checks" else np.where(product > 0.35, 1, -1)
 
-
+# %% ../../nbs/81_data.glyphs.ipynb #72bd81c9
 def draw_ground(
     name: str,  # one of `GROUND_NAMES`
     size: int,  # side of the picture, pixels
@@ -163,7 +163,7 @@ def draw_ground(
     value = rng.uniform(0.55, 0.85) + rng.uniform(0.07, 0.14) * pattern
     return value[..., None].astype(np.float32) * paint(hue + rng.uniform(-6, 6), saturation * rng.uniform(0.8, 1.2), 1)
 
-# %% ../../nbs/81_data.glyphs.ipynb #4846f466
+# %% ../../nbs/81_data.glyphs.ipynb #254a79a3
 def draw_pose(
     rng: np.random.Generator,
     taken: Sequence[np.ndarray],  # centres of the things drawn before
@@ -176,7 +176,7 @@ def draw_pose(
         places = places[distances.argmax()][None]
     return Pose(places[0], rng.uniform(*spans), rng.uniform(-0.6, 0.6), bool(rng.random() < 0.5))
 
-
+# %% ../../nbs/81_data.glyphs.ipynb #f7901d85
 def draw_scene(
     things: Sequence[str],  # of `THING_NAMES`, from back to front
     grounds: Sequence[str],  # one or two of `GROUND_NAMES`
@@ -199,8 +199,8 @@ def draw_scene(
     canvas += 0.02 * rng.standard_normal(canvas.shape, np.float32)
     return (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8), layers
 
-# %% ../../nbs/81_data.glyphs.ipynb #0d5d9a53
-SPLITS = {"train": 0, "val": 1}
+# %% ../../nbs/81_data.glyphs.ipynb #16b05bdc
+SPLITS = {"train": 0, "val": 1, "pretrain": 2}  # the last one is for pre-training only
 
 
 def scene_rng(
@@ -211,7 +211,7 @@ def scene_rng(
     """The generator of one picture."""
     return np.random.default_rng(np.random.SeedSequence([seed, SPLITS[split], index]))
 
-
+# %% ../../nbs/81_data.glyphs.ipynb #5c5b8927
 def split_names(
     classes: Sequence[str],  # names of all classes of a label set
     origin: str,  # named in the error message
@@ -225,7 +225,7 @@ def split_names(
         raise UserError(f"{origin}: {culprit}; use names like {THING_NAMES[0]!r} and {GROUND_NAMES[0]!r}")
     return things, grounds
 
-# %% ../../nbs/81_data.glyphs.ipynb #b5d4fed2
+# %% ../../nbs/81_data.glyphs.ipynb #f25b8375
 class GlyphScenes(Dataset):
     """Pictures of two to four things on one or two grounds, with the class of every pixel."""
 
@@ -238,8 +238,8 @@ class GlyphScenes(Dataset):
         size: int = 96,  # side of a picture, pixels
         seed: int = 0,  # another seed gives other pictures
     ):
-        if split not in SPLITS:
-            raise UserError(f"split: {split!r} is unknown; use one of {', '.join(SPLITS)}")
+        if split not in ("train", "val"):
+            raise UserError(f"split: {split!r} is unknown; use train or val")
         if length < 1 or size < 16 or seed < 0:
             raise UserError(f"length {length}, size {size}, seed {seed}: need length >= 1, size >= 16, seed >= 0")
         path = asset_path(f"label_sets/{label_set}.yaml")
