@@ -297,9 +297,9 @@ class TestTransform:
         size = rescaled_size((height, width), (self.short_side, 10**9))
         return normalise(resize_image(image, size), self.mean, self.std), mask
 
-# %% ../../nbs/80_data.transforms.ipynb #feb9e0be
+# %% ../../nbs/80_data.transforms.ipynb #589d4a57
 class SegmentationData(Dataset):
-    "Samples of a dataset, with labels remapped and a transform applied."
+    """Samples of a dataset, with labels remapped and a transform applied."""
 
     def __init__(
         self,
@@ -310,21 +310,17 @@ class SegmentationData(Dataset):
         seed: int = 0,  # of the run
     ) -> None:
         self.base, self.lookup, self.transform, self.seed = base, lookup, transform, seed
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set_epoch(
-        self,
-        epoch: int,  # passes over the dataset before this one
-    ) -> None:
-        "Draw anew in the next pass; reaches running workers too."
-        self.epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.base)
 
-    def __getitem__(self, index: int) -> Sample:  # image float32, mask int64 (training) or uint8 (test)
+    def __getitem__(
+        self,
+        key: int | tuple[int, int],  # index, or (epoch, index): another epoch draws anew
+    ) -> Sample:  # image float32, mask int64 (training) or uint8 (test)
+        epoch, index = key if isinstance(key, tuple) else (0, key)
         sample = self.base[index]
         check_sample(sample)
         mask = remap_labels(sample.mask, self.lookup, sample.name)
-        generator = sample_generator(self.seed, int(self.epoch), index)
+        generator = sample_generator(self.seed, epoch, index)
         return Sample(*self.transform(sample.image, mask, generator), sample.name)
