@@ -246,14 +246,13 @@ def test_inductive_training_masks_hold_seen_rows_only():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_epochs_reach_workers_and_workers_change_nothing(workers):
+def test_a_sample_depends_on_seed_epoch_and_index_only(workers):
     data = make_data([random_sample(seed=seed) for seed in range(6)])
-    loader = DataLoader(data, batch_size=2, num_workers=workers, persistent_workers=workers > 0)
-    for epoch in (0, 1, 0):
-        data.set_epoch(epoch)
-        images = torch.cat([batch.image for batch in loader])
-        expected = [data.transform(*_remapped(data, i), sample_generator(0, epoch, i))[0] for i in range(6)]
-        assert torch.equal(images, torch.stack(expected))
+    keys = [(epoch, index) for epoch in (0, 1, 0) for index in range(6)]
+    images = torch.cat([batch.image for batch in DataLoader(data, sampler=keys, batch_size=2, num_workers=workers)])
+    expected = [data.transform(*_remapped(data, i), sample_generator(0, epoch, i))[0] for epoch, i in keys]
+    assert torch.equal(images, torch.stack(expected))
+    assert not torch.equal(images[0], images[6]), "another epoch draws anew"
 
 
 def _remapped(data, index):
