@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['benchmark_of', 'load_parts', 'lowered_classes', 'test_loader', 'evaluate', 'segmenter_predictor',
-           'training_free_predictor', 'evaluate_weights']
+           'training_free_predictor', 'predict_samples', 'evaluate_weights']
 
-# %% ../nbs/91_evaluate.ipynb #4122adee
-from collections.abc import Callable
+# %% ../nbs/91_evaluate.ipynb #642f8eaf
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -104,6 +104,22 @@ def training_free_predictor(
         return resize_masks((patches @ text.T).mT.unflatten(2, grid), size).argmax(1)[0]
 
     return predict
+
+# %% ../nbs/91_evaluate.ipynb #8c59cff1
+def predict_samples(
+    benchmark: Benchmark,
+    indices: Iterable[int],  # which test pictures
+    short_side: int,  # pixels, as in training
+    predictors: dict[str, Callable[[Tensor, tuple[int, int]], Tensor]],  # title → see `evaluate`
+) -> list[dict[str, Tensor]]:  # per picture: "image", "truth" and a label map for every predictor
+    """Label some test pictures, for `sptseg.plots.show_segmentations`."""
+    transform, rows = TestTransform(short_side=short_side), []
+    for index in indices:
+        sample = benchmark.val[index]
+        image, _ = transform(sample.image)
+        predictions = {title: predict(image[None], sample.mask.shape) for title, predict in predictors.items()}
+        rows.append({"image": sample.image, "truth": sample.mask, **predictions})
+    return rows
 
 # %% ../nbs/91_evaluate.ipynb #84d16f57
 def evaluate_weights(
