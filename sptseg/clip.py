@@ -133,12 +133,15 @@ def fetch_weights(
             f"weights {tag!r} of {name!r} cannot be downloaded ({reason}); fetch {url} and save it as {place}"
         ) from None
 
-# %% ../nbs/20_clip.ipynb #d689640c
+# %% ../nbs/20_clip.ipynb #5c54fe7a
 def is_torchscript(
     file: Path,  # a file on disk
 ) -> bool:  # True for an archive that holds code besides weights
     "Recognise OpenAI's original files."
-    return zipfile.is_zipfile(file) and any("/code/" in member for member in zipfile.ZipFile(file).namelist())
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return any("/code/" in member for member in archive.namelist())
 
 
 def read_weights(
@@ -292,12 +295,12 @@ def load_clip(
     origin = "" if weights is None else f"/{Path(weights).stem if file else 'RANDOM-WEIGHTS'}"
     return ClipModel(name + origin, model, fingerprint(model))
 
-# %% ../nbs/20_clip.ipynb #0488a80b
+# %% ../nbs/20_clip.ipynb #ddc96aad
 def interpolate_position_embedding(
     position: Tensor,  # (1 + n·n, D): row 0 for the cls token, then the square grid in row order
     grid: tuple[int, int],  # (h, w), patches of the pictures at hand
 ) -> Tensor:  # (1 + h·w, D)
-    "Resize the grid of position embeddings bilinearly, align_corners=False (PROTOCOL §1.1)."
+    "Resize the grid of position embeddings bilinearly, align_corners=False."
     side = int((position.shape[0] - 1) ** 0.5)
     if tuple(grid) == (side, side):
         return position
@@ -329,12 +332,12 @@ def prompt_texts(
     "Every class name in every template."
     return [template.replace("{}", name) for name in label_set.classes for template in label_set.templates]
 
-# %% ../nbs/20_clip.ipynb #e72eed58
+# %% ../nbs/20_clip.ipynb #93d20d48
 def compute_class_embeddings(
     clip: ClipModel,  # frozen
     label_set: LabelSet,  # C names, T templates
 ) -> Tensor:  # (C, d) float32, rows of length 1
-    "Mean of the normalised sentence embeddings of each class, normalised again (PROTOCOL §4)."
+    "Mean of the normalised sentence embeddings of each class, normalised again."
     sentences = F.normalize(clip.encode_text(prompt_texts(label_set)), dim=-1)
     return F.normalize(sentences.unflatten(0, (len(label_set.classes), -1)).mean(1), dim=-1)
 

@@ -16,11 +16,11 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from .core import IGNORE, UserError
 from .splits import LabelSet
 
-# %% ../nbs/70_metrics.ipynb #db95bd59
+# %% ../nbs/70_metrics.ipynb #e8e0a19c
 def class_iou(
     matrix: Tensor,  # (C, C) counts; rows are labels, columns predictions
 ) -> Tensor:  # (C,) float64 in 0..1; NaN for a class in neither label nor prediction
-    "Intersection over union of each class (PROTOCOL §7)."
+    "Intersection over union of each class."
     matrix = matrix.cpu().double()
     intersection = matrix.diagonal()
     return intersection / (matrix.sum(0) + matrix.sum(1) - intersection)

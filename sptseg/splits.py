@@ -144,7 +144,7 @@ def load_label_set(
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
-# %% ../nbs/10_splits.ipynb #8618e200
+# %% ../nbs/10_splits.ipynb #20c0a9b3
 SETTINGS = ("inductive", "transductive", "supervised")
 
 
@@ -160,7 +160,7 @@ def label_lookup(
     label_set: LabelSet,  # C classes, seen and unseen
     setting: str,  # "inductive", "transductive" or "supervised"
 ) -> Tensor:  # (256,) uint8: what each byte of a mask becomes; `INVALID` where no mask may hold it
-    "The table that turns a dataset's labels into training labels (PROTOCOL §4)."
+    "The table that turns a dataset's labels into training labels."
     check_setting(setting)
     lookup = torch.full((256,), INVALID, dtype=torch.uint8)
     lookup[IGNORE] = IGNORE

@@ -31,13 +31,13 @@ VOC_UNSEEN = {15: "pottedplant", 16: "sheep", 17: "sofa", 18: "train", 19: "tvmo
 
 
 @pytest.mark.parametrize(("name", "count", "unseen"), [("voc", 20, VOC_UNSEEN), ("coco-stuff", 171, COCO_UNSEEN)])
-def test_unseen_ids_and_names_agree_with_the_protocol(name, count, unseen):
+def test_unseen_ids_and_names_agree_with_the_published_split(name, count, unseen):
     labels = load_label_set(name)
     assert len(labels.classes) == count == len(labels.seen) + len(labels.unseen)
     assert {index: labels.classes[index] for index in labels.unseen} == unseen
 
 
-def test_templates_are_those_of_the_protocol():
+def test_templates_are_those_of_the_releases():
     assert load_label_set("voc").templates == ("a photo of a {}",)
     templates = load_label_set("coco-stuff").templates
     assert len(set(templates)) == 15 and all(template.endswith(".") for template in templates)

@@ -72,12 +72,12 @@ def coin(
     "Toss a coin."
     return uniform(0, 1, generator) < probability
 
-# %% ../../nbs/80_data.transforms.ipynb #e8f864b4
+# %% ../../nbs/80_data.transforms.ipynb #0f77f5ff
 def rescaled_size(
     size: tuple[int, int],  # (height, width) of the picture
     scale: tuple[int, int],  # (short, long): the box that the result fits into
 ) -> tuple[int, int]:  # (height, width), aspect kept, rounded half up
-    "Largest size of the same aspect inside a box (PROTOCOL §5)."
+    "Largest size of the same aspect inside a box (mmcv's `rescale_size`)."
     factor = min(scale[1] / max(size), scale[0] / min(size))
     return int(size[0] * factor + 0.5), int(size[1] * factor + 0.5)
 
@@ -195,7 +195,7 @@ def shift_hue(
     hue, saturation, value = rgb_to_hsv(image)
     return hsv_to_rgb(torch.stack([((hue.int() + shift) % 180).to(torch.uint8), saturation, value]))
 
-# %% ../../nbs/80_data.transforms.ipynb #e36eb7ce
+# %% ../../nbs/80_data.transforms.ipynb #43d56a9d
 def photometric_distortion(
     image: Tensor,  # (3, H, W) uint8, RGB
     generator: Generator,  # the source of all draws
@@ -204,7 +204,7 @@ def photometric_distortion(
     saturation: tuple[float, float] = (0.5, 1.5),  # bounds of the factor
     hue: int = 18,  # largest shift, half degrees; drawn from -hue..hue-1
 ) -> Tensor:  # (3, H, W) uint8, RGB
-    "The four colour changes, each with probability ½ (PROTOCOL §5)."
+    "The four colour changes, each with probability ½ (mmsegmentation's PhotoMetricDistortion)."
     if coin(generator):
         image = scale_and_shift(image, shift=uniform(-brightness, brightness, generator))
     contrast_first = coin(generator)
@@ -242,10 +242,10 @@ def pad_to(
     right, bottom = max(size - width, 0), max(size - height, 0)
     return torch.nn.functional.pad(values, (0, right, 0, bottom), value=fill)
 
-# %% ../../nbs/80_data.transforms.ipynb #dc2e8c42
+# %% ../../nbs/80_data.transforms.ipynb #931d4fc1
 @dataclass(frozen=True, kw_only=True)
 class TrainTransform:
-    "Resize, crop, flip, change colours, normalise and pad, at random (PROTOCOL §5)."
+    "Resize, crop, flip, change colours, normalise and pad, at random."
 
     crop_size: int = 512  # side of the result, pixels
     image_scale: tuple[int, int] = (512, 2048)  # (short, long) side at ratio 1, pixels
@@ -277,10 +277,10 @@ class TrainTransform:
         image = pad_to(normalise(image, self.mean, self.std), self.crop_size, 0.0)
         return image, pad_to(mask, self.crop_size, IGNORE).long()
 
-# %% ../../nbs/80_data.transforms.ipynb #dc7a5b06
+# %% ../../nbs/80_data.transforms.ipynb #b754ac92
 @dataclass(frozen=True, kw_only=True)
 class TestTransform:
-    "Bring the short side to a fixed length and normalise; the mask stays untouched (PROTOCOL §5)."
+    "Bring the short side to a fixed length and normalise; the mask stays untouched."
 
     short_side: int = 512  # pixels
     mean: tuple[float, float, float] = IMAGENET_MEAN  # per channel, 0..255
