@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['UNUSED', 'UNUSED_WITH_SGD', 'UNUSED_IN_LAST_LAYER', 'PREFIXES', 'FIRST_PROMPTS', 'OTHER_PROMPTS', 'PROMPTS', 'LAYER',
-           'our_name', 'reason_to_leave_out', 'Translation', 'translate_state', 'build_visual', 'part', 'read_encoder',
-           'read_decoder', 'read_segmenter', 'read_layer']
+           'our_name', 'reason_to_leave_out', 'Translation', 'translate_state', 'part', 'needed', 'fill',
+           'build_visual', 'filter_grid', 'read_encoder', 'read_decoder', 'read_segmenter', 'read_layer']
 
-# %% ../nbs/61_interop.ipynb #69f57f3d
+# %% ../nbs/61_interop.ipynb #1fe898a9
 import re
 from dataclasses import dataclass, field
 
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from .core import UserError
 from .decoder import CROSS, Decoder, DecoderLayer
 from .encoder import PromptedEncoder
-from .segmenter import Segmenter, SegmenterConfig, build_segmenter
+from .prompts import DeepPrompts, SpectralPrompt
+from .segmenter import Segmenter, SegmenterConfig
 
 # %% ../nbs/61_interop.ipynb #a7e27f3d
 UNUSED = {  # pattern of an official name: why nothing is lost without it
@@ -121,28 +122,7 @@ def translate_state(
     left_out = {name: reason for name, reason in reasons.items() if reason is not None}
     return Translation(tensors, left_out, "sgd" if has_sgd else "zegclip", last + 1)
 
-# %% ../nbs/61_interop.ipynb #25f01509
-def build_visual(
-    tensors: dict[str, Tensor],  # of CLIP's image encoder, by open_clip's names
-    heads: int | None = None,  # attention heads; None: one per 64 channels, as in CLIP
-) -> VisionTransformer:  # with these weights and QuickGELU
-    """Rebuild CLIP's image encoder from the shapes of its weights."""
-    width, _, _, patch = tensors["conv1.weight"].shape
-    side = round((len(tensors["positional_embedding"]) - 1) ** 0.5)
-    visual = VisionTransformer(
-        image_size=side * patch,
-        patch_size=patch,
-        width=width,
-        layers=len({name.split(".")[2] for name in tensors if name.startswith("transformer.")}),
-        heads=heads or width // 64,
-        mlp_ratio=len(tensors["transformer.resblocks.0.mlp.c_fc.bias"]) / width,
-        output_dim=tensors["proj"].shape[1],
-        act_layer=QuickGELU,
-    )
-    visual.load_state_dict(tensors)
-    return visual
-
-
+# %% ../nbs/61_interop.ipynb #21939683
 def part(
     tensors: dict[str, Tensor],  # by name
     prefix: str,  # keep names that start so
@@ -150,29 +130,81 @@ def part(
     """The tensors of one submodule."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
-# %% ../nbs/61_interop.ipynb #034dac4a
+
+def needed(
+    tensors: dict[str, Tensor],  # by name
+    name: str,  # one that must be there
+) -> Tensor:
+    """A tensor that sizes are read from; its absence raises `UserError`."""
+    if name not in tensors:
+        raise UserError(f"{name}: missing among the weights; check that the file is complete")
+    return tensors[name]
+
+
+def fill(
+    module: nn.Module,
+    tensors: dict[str, Tensor],  # exactly those of the module's state
+) -> None:
+    """Load tensors into a module; one that is missing, unknown or of another shape raises `UserError`."""
+    wanted = module.state_dict()
+    wrong = sorted(wanted.keys() ^ tensors.keys()) or [n for n in wanted if wanted[n].shape != tensors[n].shape]
+    if wrong:
+        raise UserError(
+            f"{wrong[0]}: this and {len(wrong) - 1} more weights are missing, unknown or of another shape; "
+            "check that all come from one model"
+        )
+    module.load_state_dict(tensors)
+
+# %% ../nbs/61_interop.ipynb #1b2ddc1a
+def build_visual(
+    tensors: dict[str, Tensor],  # of CLIP's image encoder, by open_clip's names
+    heads: int | None = None,  # attention heads; None: one per 64 channels, as in CLIP
+) -> VisionTransformer:  # with these weights and QuickGELU
+    """Rebuild CLIP's image encoder from the shapes of its weights."""
+    width, _, _, patch = needed(tensors, "conv1.weight").shape
+    side = round((len(needed(tensors, "positional_embedding")) - 1) ** 0.5)
+    visual = VisionTransformer(
+        image_size=side * patch,
+        patch_size=patch,
+        width=width,
+        layers=len({name.split(".")[2] for name in tensors if name.startswith("transformer.")}),
+        heads=heads or max(width // 64, 1),
+        mlp_ratio=len(needed(tensors, "transformer.resblocks.0.mlp.c_fc.bias")) / width,
+        output_dim=needed(tensors, "proj").shape[1],
+        act_layer=QuickGELU,
+    )
+    fill(visual, tensors)
+    return visual
+
+
+def filter_grid(
+    values: Tensor,  # (h, w // 2 + 1, D, 2), a spectral prompt
+) -> tuple[int, int]:  # (h, w): square if the shape allows it, else w even
+    """The grid that a filter was made for."""
+    height, columns = values.shape[:2]
+    return height, height if height // 2 + 1 == columns else 2 * (columns - 1)
+
+# %% ../nbs/61_interop.ipynb #a9848e16
 def read_encoder(
     translation: Translation,
     *,
-    image_size: int,  # side of the training crops
     heads: int | None = None,  # see `build_visual`
 ) -> PromptedEncoder:  # in evaluation mode
     """The prompted encoder of a release."""
     tensors = part(translation.tensors, "encoder.")
-    visual = build_visual(part(tensors, "visual."), heads)
-    prompts = tensors[PROMPTS.removeprefix("encoder.")]
-    config = SegmenterConfig(
-        num_prompts=prompts.shape[1],
-        prompted_blocks=len(prompts),
-        spectral_blocks="1-2" if "spectral_prompt.filter" in tensors else "",
-        image_size=image_size,
-        decoder="zegclip",
+    visual, prompts = build_visual(part(tensors, "visual."), heads), needed(tensors, PROMPTS.removeprefix("encoder."))
+    width, patch = visual.conv1.out_channels, visual.patch_size[0]
+    values = tensors.get("spectral_prompt.filter")
+    encoder = PromptedEncoder(
+        visual=visual,
+        deep_prompts=DeepPrompts(num_blocks=len(prompts), num_prompts=prompts.shape[1], width=width, patch_size=patch),
+        spectral_prompt=None if values is None else SpectralPrompt(grid=filter_grid(values), width=width),
+        spectral_blocks=() if values is None else (1, 2)[: len(visual.transformer.resblocks)],
     )
-    encoder = build_segmenter(visual, config).encoder
-    encoder.load_state_dict(tensors)
+    fill(encoder, tensors)
     return encoder.eval()
 
-
+# %% ../nbs/61_interop.ipynb #ee09f082
 def read_decoder(
     translation: Translation,
     *,
@@ -180,9 +212,9 @@ def read_decoder(
 ) -> Decoder:  # in evaluation mode
     """The decoder of a release."""
     tensors = part(translation.tensors, "decoder.")
-    width = tensors["query_projection.bias"].shape[0]
+    width = len(needed(tensors, "query_projection.bias"))
     decoder = Decoder(kind=translation.decoder, width=width, num_layers=translation.decoder_layers, num_heads=heads)
-    decoder.load_state_dict(tensors)
+    fill(decoder, tensors)
     return decoder.eval()
 
 
@@ -191,22 +223,23 @@ def read_segmenter(
     *,
     image_size: int = 512,  # side of the training crops
     heads: int | None = None,  # of the encoder, see `build_visual`
+    decoder_heads: int = 8,  # of the decoder; a file written by `save_segmenter` does not keep another number
 ) -> tuple[Segmenter, dict[str, str]]:  # the model in evaluation mode, and the names left out with reasons
     """Read a release's state dict into a `Segmenter`."""
     translation = translate_state(state)
-    encoder = read_encoder(translation, image_size=image_size, heads=heads)
-    decoder = read_decoder(translation)
+    encoder = read_encoder(translation, heads=heads)
+    decoder = read_decoder(translation, heads=decoder_heads)
     config = SegmenterConfig(
         decoder=translation.decoder,
         decoder_layers=translation.decoder_layers,
-        spectral_blocks="1-2" if encoder.spectral_prompt else "",
+        spectral_blocks=f"1-{len(encoder.spectral_blocks)}" if encoder.spectral_blocks else "",
         num_prompts=encoder.deep_prompts.embeddings.shape[1],
         prompted_blocks=len(encoder.deep_prompts.embeddings),
         image_size=image_size,
     )
     return Segmenter(encoder=encoder, decoder=decoder, config=config).eval(), translation.left_out
 
-# %% ../nbs/61_interop.ipynb #7ffb38f1
+# %% ../nbs/61_interop.ipynb #6efb2aae
 def read_layer(
     state: dict[str, Tensor],  # by official names
     index: int,  # which decoder layer
@@ -226,7 +259,7 @@ def read_layer(
     }
     translation = translate_state({**kept, **following})  # a copy behind it makes this layer not the last one
     tensors = part(translation.tensors, f"decoder.layers.{index}.")
-    width = len(tensors["cross_norm.bias"])
+    width = len(needed(tensors, "cross_norm.bias"))
     layer = DecoderLayer(cross=CROSS[translation.decoder](width=width, num_heads=heads), width=width)
-    layer.load_state_dict(tensors)
+    fill(layer, tensors)
     return layer.eval()

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'SEEN_BIAS', 'SegmenterConfig', 'Segmenter', 'build_segmenter', 'resize_masks', 'class_scores',
-           'window_starts', 'slide_scores', 'predict_labels', 'save_segmenter', 'read_segmenter_file', 'load_segmenter']
+           'window_starts', 'average_windows', 'slide_scores', 'predict_labels', 'save_segmenter',
+           'read_segmenter_file', 'load_segmenter']
 
-# %% ../nbs/60_segmenter.ipynb #4a585b10
-import json
-from collections.abc import Sequence
+# %% ../nbs/60_segmenter.ipynb #ffbaeb1f
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 from open_clip.transformer import VisionTransformer
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -141,7 +141,26 @@ def window_starts(
     count = max(length - window + stride - 1, 0) // stride + 1
     return [max(min(index * stride, length - window), 0) for index in range(count)]
 
-# %% ../nbs/60_segmenter.ipynb #80c30a21
+# %% ../nbs/60_segmenter.ipynb #b0332eed
+def average_windows(
+    score: Callable[[Tensor], Tensor],  # windows (n, 3, h, w) → their scores (n, C, h, w)
+    image: Tensor,  # (1, 3, H, W)
+    *,
+    window: tuple[int, int],  # (height, width), pixels
+    stride: tuple[int, int],  # (down, right) steps between windows, pixels
+) -> Tensor:  # (1, C, H, W)
+    """Scores of a whole picture: the mean over the windows that cover a pixel; all go through `score` as one batch."""
+    sides = image.shape[-2:]
+    rows, columns = (window_starts(*along) for along in zip(sides, window, stride, strict=True))
+    places = [(..., slice(y, y + window[0]), slice(x, x + window[1])) for y in rows for x in columns]
+    window_scores = score(torch.cat([image[place] for place in places]))
+    scores, count = image.new_zeros(1, window_scores.shape[1], *sides), image.new_zeros(sides)
+    for place, values in zip(places, window_scores, strict=True):
+        scores[place] += values
+        count[place] += 1
+    return scores / count
+
+# %% ../nbs/60_segmenter.ipynb #2216d6b7
 def slide_scores(
     model: Segmenter,
     image: Tensor,  # (1, 3, H, W), normalised
@@ -150,17 +169,12 @@ def slide_scores(
     stride: int,  # step between windows, pixels
     seen: Sequence[int] = (),  # see `class_scores`
 ) -> Tensor:  # (1, C, H, W) scores, averaged over the windows that cover a pixel
-    """Scores of a whole picture; all windows go through the model as one batch."""
-    height, width = image.shape[-2:]
-    side = model.config.image_size
-    corners = [(y, x) for y in window_starts(height, side, stride) for x in window_starts(width, side, stride)]
-    windows = torch.cat([image[..., y : y + side, x : x + side] for y, x in corners])
-    window_scores = class_scores(resize_masks(model(windows, text), windows.shape[-2:]), seen)
-    scores, count = image.new_zeros(1, len(text), height, width), image.new_zeros(1, 1, height, width)
-    for (y, x), score in zip(corners, window_scores, strict=True):
-        scores[0, :, y : y + side, x : x + side] += score
-        count[..., y : y + side, x : x + side] += 1
-    return scores / count
+    """Scores of a whole picture through windows of the training size."""
+
+    def score(windows: Tensor) -> Tensor:
+        return class_scores(resize_masks(model(windows, text), windows.shape[-2:]), seen)
+
+    return average_windows(score, image, window=(model.config.image_size,) * 2, stride=(stride, stride))
 
 
 @torch.inference_mode()
@@ -177,7 +191,7 @@ def predict_labels(
     scores = slide_scores(model, image, text, stride=stride, seen=seen)
     return resize_masks(scores, output_size or image.shape[-2:]).argmax(1)[0]
 
-# %% ../nbs/60_segmenter.ipynb #08b0a6c4
+# %% ../nbs/60_segmenter.ipynb #31451ea2
 def save_segmenter(
     path: str | Path,  # .safetensors file to write or replace
     model: Segmenter,
@@ -200,9 +214,15 @@ def read_segmenter_file(
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read as safetensors ({error}); check the path, or train again") from None
-    if "sptseg" not in metadata:
+    if not {"sptseg", "clip"} <= metadata.keys():
         raise UserError(f"{path}: not written by sptseg; for the authors' checkpoints see `sptseg.interop`")
-    return SegmenterConfig(**json.loads(metadata["sptseg"])), metadata, tensors
+    try:
+        return SegmenterConfig.model_validate_json(metadata["sptseg"]), metadata, tensors
+    except ValidationError as error:
+        key, problem = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
+        raise UserError(
+            f"{path}: its configuration cannot be read ({key} {problem}); use the sptseg that wrote it"
+        ) from None
 
 # %% ../nbs/60_segmenter.ipynb #10199c19
 def load_segmenter(
