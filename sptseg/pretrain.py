@@ -9,7 +9,7 @@ __all__ = ['NAMES', 'CONTEXT_LENGTH', 'CaptionedPool', 'make_pool', 'write_capti
            'name_vectors', 'classification_accuracy', 'dense_labels', 'dense_confusion', 'dense_accuracy',
            'round_to_half', 'save_clip']
 
-# %% ../nbs/82_pretrain.ipynb #16d3d02d
+# %% ../nbs/82_pretrain.ipynb #19e82241
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import open_clip
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Embedding
@@ -167,7 +167,7 @@ def patch_loss(
     chosen = scores.masked_fill(~named[:, None], -torch.inf).logsumexp(-1)
     return (scores.logsumexp(-1) - chosen).mean()
 
-# %% ../nbs/82_pretrain.ipynb #8685c001
+# %% ../nbs/82_pretrain.ipynb #cb53a1e7
 class Stage(BaseModel):
     """Pictures and steps of one stage of pre-training."""
 
@@ -179,6 +179,7 @@ class Stage(BaseModel):
     steps: PositiveInt  # optimisation steps
     batch: PositiveInt  # pictures in a step
     learning_rate: PositiveFloat  # at its highest
+    weights: dict[str, NonNegativeFloat]  # of the losses, by name; a loss that is not named has weight 0
 
 # %% ../nbs/82_pretrain.ipynb #1a851a12
 def pretraining_losses(
@@ -210,13 +211,12 @@ def learning_rate_share(
     """Linear rise, then a cosine from 1 to 0.02."""
     return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
 
-# %% ../nbs/82_pretrain.ipynb #28495beb
+# %% ../nbs/82_pretrain.ipynb #bc1f8e5f
 def pretrain_stage(
     clip: open_clip.CLIP,  # with a reduced vocabulary; trained in place
     stage: Stage,
     pool: CaptionedPool,
     new_ids: Tensor,  # (49408,) from `compact_vocabulary`
-    weights: dict[str, float],  # of the losses, by name
     rng: np.random.Generator,
 ) -> Iterator[dict[str, float]]:  # the losses of every step
     """Train for one stage, with AdamW and clipped gradients."""
@@ -229,7 +229,7 @@ def pretrain_stage(
         optimizer.param_groups[0]["lr"] = stage.learning_rate * learning_rate_share(step, stage.steps)
         losses = pretraining_losses(clip, batch, new_ids, rng)
         optimizer.zero_grad()
-        torch.stack([weights[name] * loss for name, loss in losses.items()]).sum().backward()
+        torch.stack([losses[name] * weight for name, weight in stage.weights.items()]).sum().backward()
         torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
         optimizer.step()
         yield {name: float(loss.detach()) for name, loss in losses.items()}
