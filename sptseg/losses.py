@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .core import IGNORE, UNSEEN, UserError
 
-# %% ../nbs/50_losses.ipynb #83969109
+# %% ../nbs/50_losses.ipynb #c56331b8
 def one_hot_target(
     label: Tensor,  # (B, H, W) integers: 0..C-1, or `IGNORE`
     num_classes: int,  # C, the classes being trained
@@ -25,10 +25,10 @@ def one_hot_target(
     labelled = label != IGNORE
     target = label.new_zeros(len(label), num_classes, *label.shape[1:], dtype=torch.float32)
     index = torch.where(labelled, label, 0)[:, None].long()
-    if label.numel() and int(index.max()) >= num_classes:
-        raise UserError(
-            f"label {int(index.max())} found, but only {num_classes} classes are trained; check the remapping"
-        )
+    lowest, highest = torch.stack(index.aminmax()).tolist() if label.numel() else (0, 0)
+    if lowest < 0 or highest >= num_classes:
+        wrong = lowest if lowest < 0 else highest
+        raise UserError(f"label {wrong} found, but only 0..{num_classes - 1} are trained; check the remapping")
     return target.scatter_(1, index, labelled[:, None].float())
 
 # %% ../nbs/50_losses.ipynb #49617dcb
