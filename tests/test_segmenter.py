@@ -1,0 +1,196 @@
+"""The four methods as one module, sliding windows against a loop, and files that are refused when they do not fit."""
+
+import pytest
+import torch
+from open_clip.transformer import QuickGELU, VisionTransformer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from sptseg.core import UserError
+from sptseg.segmenter import (
+    METHODS,
+    average_windows,
+    build_segmenter,
+    class_scores,
+    load_segmenter,
+    predict_labels,
+    read_segmenter_file,
+    resize_masks,
+    save_segmenter,
+    slide_scores,
+    window_starts,
+)
+
+SMALL = {"image_size": 32, "num_prompts": 3}
+TEXT = F.normalize(torch.randn(5, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+
+
+def make_visual(width=24):
+    torch.manual_seed(0)
+    return VisionTransformer(32, 8, width, 3, 2, 2.0, output_dim=16, act_layer=QuickGELU)
+
+
+def make(method="spt-seg", visual=None, **options):
+    torch.manual_seed(0)
+    config = METHODS[method].model_copy(update={**SMALL, **options})
+    return build_segmenter(visual or make_visual(), config).eval()
+
+
+@pytest.mark.parametrize("layers", [1, 3, 5])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_trained_tensor_gets_a_gradient_and_clip_none(method, layers):
+    torch.manual_seed(0)
+    model = make(method, decoder_layers=layers).train()
+    model(torch.randn(4, 3, 32, 32), TEXT).square().sum().backward()
+    trained = model.trained_tensors()
+    assert not [name for name, tensor in trained.items() if tensor.grad is None]
+    assert all(tensor.grad is None for tensor in model.encoder.visual.parameters())
+    visual = {f"encoder.visual.{name}" for name, _ in model.encoder.visual.named_parameters()}
+    assert trained.keys() == {name for name, _ in model.named_parameters()} - visual
+
+
+def test_methods_are_made_of_the_two_parts():
+    for method in METHODS:
+        model = make(method)
+        assert (model.encoder.spectral_prompt is not None) == (method in ("spt-seg", "zegclip+spt"))
+        assert hasattr(model.decoder.last, "hilo") == (method in ("spt-seg", "zegclip+sgd"))
+    assert make(prompted_blocks=2).encoder.deep_prompts.embeddings.shape == (2, 3, 24)
+
+
+@pytest.mark.parametrize(
+    ("options", "culprit"),
+    [({"image_size": 30}, "image_size: 30"), ({"spectral_blocks": "1-4"}, "'1-4'"), ({"decoder": "x"}, "'x'")],
+)
+def test_impossible_models_are_refused(options, culprit):
+    with pytest.raises(UserError, match=culprit):
+        make(**options)
+
+
+def test_scores_of_seen_classes_are_lowered():
+    logits = torch.randn(2, 5, 3, 4)
+    scores = class_scores(logits, (0, 3))
+    assert torch.allclose(scores[:, [1, 2, 4]], logits[:, [1, 2, 4]].sigmoid())
+    assert torch.allclose(scores[:, [0, 3]], logits[:, [0, 3]].sigmoid() - 0.1)
+    assert torch.equal(class_scores(logits), logits.sigmoid())
+
+
+@pytest.mark.parametrize("stride", [1, 7, 26, 32])
+@pytest.mark.parametrize("length", [5, 31, 32, 33, 57, 64, 101])
+def test_windows_cover_every_pixel_and_stay_inside(length, stride):
+    starts = window_starts(length, 32, stride)
+    covered = {pixel for start in starts for pixel in range(start, min(start + 32, length))}
+    assert covered == set(range(length))
+    assert starts == sorted(set(starts)) and starts[0] == 0 and starts[-1] == max(length - 32, 0)
+    assert all(after - before <= stride for before, after in zip(starts, starts[1:], strict=False))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (45, 71), (33, 97), (90, 32)])
+def test_slide_scores_equal_a_loop(size):
+    model, image = make(), torch.randn(1, 3, *size)
+    with torch.no_grad():
+        found = slide_scores(model, image, TEXT, stride=26, seen=(0, 1))
+        total, count = torch.zeros(1, 5, *size), torch.zeros(size)
+        y = 0
+        while True:
+            top, x = min(y, size[0] - 32), 0
+            while True:
+                left = min(x, size[1] - 32)
+                masks = model(image[..., top : top + 32, left : left + 32], TEXT)
+                masks = F.interpolate(masks, (32, 32), mode="bilinear", align_corners=False)
+                lowered = masks.sigmoid() - torch.tensor([0.1, 0.1, 0, 0, 0])[:, None, None]
+                total[..., top : top + 32, left : left + 32] += lowered
+                count[top : top + 32, left : left + 32] += 1
+                if x + 32 >= size[1]:
+                    break
+                x += 26
+            if y + 32 >= size[0]:
+                break
+            y += 26
+    assert torch.allclose(found, total / count, atol=1e-5)
+    labels = predict_labels(model, image, TEXT, stride=26, seen=(0, 1), output_size=(50, 40))
+    resized = F.interpolate(total / count, (50, 40), mode="bilinear", align_corners=False)
+    assert labels.shape == (50, 40) and (labels != resized.argmax(1)[0]).sum() <= 3
+
+
+def test_windows_may_be_oblong():
+    image = torch.randn(1, 3, 50, 41)
+    found = average_windows(lambda windows: windows + 1, image, window=(16, 40), stride=(11, 3))
+    assert torch.allclose(found, image + 1, atol=1e-5)
+
+
+def test_a_map_of_the_right_size_is_left_alone():
+    masks = torch.randn(1, 2, 6, 5)
+    assert resize_masks(masks, (6, 5)) is masks and resize_masks(masks, (12, 9)).shape == (1, 2, 12, 9)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return save_segmenter(tmp_path / "model.safetensors", make(), clip="tiny", method="spt-seg")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_saved_model_answers_the_same(tmp_path, method):
+    model, images = make(method, decoder_layers=2, class_embedding_count=1), torch.randn(2, 3, 32, 32)
+    for tensor in model.trained_tensors().values():
+        tensor.data += 0.1 * torch.randn_like(tensor)
+    path = save_segmenter(tmp_path / "folder/model.safetensors", model, clip="tiny", method=method)
+    torch.manual_seed(9)
+    again = load_segmenter(path, make_visual(), clip="tiny", expected=model.config)
+    assert torch.equal(again(images, TEXT), model(images, TEXT)) and not again.training
+    assert read_segmenter_file(path)[1]["method"] == method
+
+
+def test_clip_is_not_in_the_file(saved):
+    model, stored = make(), load_file(saved)
+    assert stored.keys() == model.trained_tensors().keys() and not any("visual" in name for name in stored)
+    assert saved.stat().st_size < 4 * sum(tensor.numel() for tensor in stored.values()) + 20_000, "nothing else is"
+    assert [path.name for path in saved.parent.iterdir()] == ["model.safetensors"]
+
+
+def rewrite(path, tensors=None, **metadata):
+    """The same file with other tensors or metadata; None takes a key out."""
+    with safe_open(path, "pt") as file:
+        metadata = {key: text for key, text in {**file.metadata(), **metadata}.items() if text is not None}
+    save_file(load_file(path) if tensors is None else tensors, path, metadata)
+
+
+REFUSALS = {
+    "another clip": (lambda path: None, {"clip": "other"}, "'tiny', not 'other'"),
+    "another method": (lambda path: None, {"expected": METHODS["zegclip"]}, "decoder='sgd' .wanted 'zegclip'"),
+    "another width": (lambda path: None, {"visual": make_visual(48)}, "do not fit"),
+    "a cut off file": (lambda path: path.write_bytes(path.read_bytes()[:-100]), {}, "cannot be read"),
+    "half a header": (lambda path: path.write_bytes(path.read_bytes()[:20]), {}, "cannot be read"),
+    "an empty file": (lambda path: path.write_bytes(b""), {}, "cannot be read"),
+    "another format": (lambda path: path.write_text("weights: none"), {}, "cannot be read"),
+    "no file": (lambda path: path.unlink(), {}, "cannot be read"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), {}, "cannot be read"),
+    "no configuration": (lambda path: rewrite(path, sptseg=None), {}, "not written by sptseg"),
+    "no name of a clip": (lambda path: rewrite(path, clip=None), {}, "not written by sptseg"),
+    "a broken configuration": (lambda path: rewrite(path, sptseg="{"), {}, "configuration"),
+    "an unknown key": (lambda path: rewrite(path, sptseg='{"colour": 1}'), {}, "colour"),
+    "a missing tensor": (lambda path: rewrite(path, dict(list(load_file(path).items())[1:])), {}, "do not fit"),
+    "a tensor too many": (lambda path: rewrite(path, {**load_file(path), "x": torch.ones(1)}), {}, "'x'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_files_that_do_not_fit_are_refused_in_one_line(saved, case):
+    damage, options, message = REFUSALS[case]
+    damage(saved)
+    with pytest.raises(UserError, match=message) as error:
+        load_segmenter(saved, **{"visual": make_visual(), "clip": "tiny", **options})
+    assert str(error.value).startswith(f"{saved}: ") and "\n" not in str(error.value)
+
+
+def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
+    before = saved.read_bytes()
+
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("sptseg.segmenter.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_segmenter(saved, make(), clip="tiny")
+    assert saved.read_bytes() == before and [path.name for path in saved.parent.iterdir()] == ["model.safetensors"]
