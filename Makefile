@@ -19,6 +19,7 @@ PY := "$(BIN)/python"
 STAMP := $(ENV)/.sptseg-$(shell { pwd; cat pyproject.toml settings.ini; } | cksum | cut -d ' ' -f 1)
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))
 DEMO := data/runs/demo
+SEEDS ?= 0
 
 export PATH := $(BIN):$(PATH)
 # glibc gives large freed blocks back to the system at once, which costs half of a training on a CPU
@@ -34,9 +35,10 @@ help: ## list the targets
 install: $(STAMP) ## make .venv unless an environment is active, and install sptseg with its tools
 	@echo "sptseg is installed in $(ENV)"
 
-demo: $(STAMP) ## train ZegCLIP and SPT-SEG on the built-in benchmark, evaluate and compare them
+demo: $(STAMP) ## train ZegCLIP and SPT-SEG on the built-in benchmark, compare them (SEEDS=0,1,2: three times)
 	@mkdir -p $(DEMO)
-	$(PY) -m papermill --log-output --no-progress-bar nbs/runs/demo.ipynb $(DEMO)/demo.ipynb -f nbs/experiments/demo/demo.yaml
+	$(PY) -m papermill --log-output --no-progress-bar nbs/runs/demo.ipynb $(DEMO)/demo.ipynb -f nbs/experiments/demo/demo.yaml \
+		-y '{seeds: [$(SEEDS)], command: make demo SEEDS="$(SEEDS)"}'
 	@echo "executed notebook: $(DEMO)/demo.ipynb"
 	@find $(DEMO) -name '*.png' | sort | sed 's/^/figure: /'
 

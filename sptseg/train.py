@@ -7,7 +7,7 @@ __all__ = ['CHECKPOINT', 'RECIPE', 'WEIGHTS', 'RESULTS', 'BatchSampler', 'phases
            'set_iteration_seed', 'make_optimiser', 'claim_folder', 'save_checkpoint', 'load_checkpoint', 'Run', 'step',
            'evaluate_run', 'record', 'make_accelerator', 'finish', 'train']
 
-# %% ../nbs/92_train.ipynb #b235cb6e
+# %% ../nbs/92_train.ipynb #e4a8f023
 import json
 import math
 import pickle
@@ -29,6 +29,7 @@ from .data.benchmarks import Benchmark
 from .data.transforms import SegmentationData, TrainTransform, sample_generator
 from .evaluate import evaluate, load_parts, lowered_classes, segmenter_predictor, test_loader
 from .losses import count_masks, one_hot_target, pseudo_label, segmentation_loss
+from .metrics import summarise
 from .recipe import Recipe, learning_rate
 from .segmenter import Segmenter, build_segmenter, resize_masks, save_segmenter
 from .splits import label_lookup, text_rows
@@ -248,7 +249,7 @@ def step(
     run.done += 1
     return values
 
-# %% ../nbs/92_train.ipynb #292e8cac
+# %% ../nbs/92_train.ipynb #6dd56e41
 def evaluate_run(
     run: Run,
 ) -> dict:  # metrics of the model as it is now
@@ -273,6 +274,9 @@ def record(
     if done % recipe.eval_every == 0 or finished:
         metrics = evaluate_run(run)
         run.history["val"].append({"iteration": done, **metrics})
+        if run.progress:
+            place = f"{recipe.method}, iteration {done} of {recipe.iterations}"
+            tqdm.write(f"{place}: loss {values['loss']:.2f}, {summarise(metrics)}")
         run.accelerator.log(
             {f"val/{name}": value for name, value in metrics.items() if isinstance(value, float)}, step=done
         )
