@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETTINGS_HELP', 'parse_overrides', 'default_folder', 'run_train', 'run_evaluate', 'run_check_reference',
-           'make_parser', 'main']
+           'make_parser', 'parse_arguments', 'main']
 
 # %% ../nbs/93_cli.ipynb #1c02ef56
 import argparse
@@ -16,14 +16,17 @@ import yaml
 
 from .core import UserError
 
-# %% ../nbs/93_cli.ipynb #c2dab3bb
+# %% ../nbs/93_cli.ipynb #e3bd432b
 def parse_overrides(
     settings: Sequence[str],  # "key=value" from the command line
 ) -> dict:  # values as YAML reads them
     """Keys of the recipe set on the command line; anything that is no key=value raises `UserError`."""
     if wrong := [setting for setting in settings if "=" not in setting]:
         raise UserError(f"{wrong[0]!r}: no setting; write key=value, for instance seed=1")
-    return {key: yaml.safe_load(value) for key, value in (setting.split("=", 1) for setting in settings)}
+    try:
+        return {key: yaml.safe_load(value) for key, value in (setting.split("=", 1) for setting in settings)}
+    except yaml.YAMLError as error:
+        raise UserError(f"{' '.join(settings)}: {getattr(error, 'problem', error)}; write values as in YAML") from None
 
 
 def default_folder(
@@ -98,16 +101,35 @@ def make_parser() -> argparse.ArgumentParser:
     check.set_defaults(command=run_check_reference)
     return parser
 
-# %% ../nbs/93_cli.ipynb #d504b3ea
+# %% ../nbs/93_cli.ipynb #64f71470
+def parse_arguments(
+    arguments: Sequence[str] | None = None,  # without the program's name; None: from the command line
+) -> argparse.Namespace:
+    """Like `parse_args`, but settings may also follow an option, which argparse alone does not allow."""
+    parser = make_parser()
+    chosen, rest = parser.parse_known_args(arguments)
+    if any(argument.startswith("-") for argument in rest) or (rest and "settings" not in chosen):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        chosen.settings += rest
+    return chosen
+
+# %% ../nbs/93_cli.ipynb #4a857992
 def main(
     arguments: Sequence[str] | None = None,  # without the program's name; None: from the command line
 ) -> int:  # exit status
     """Run a command."""
-    chosen = make_parser().parse_args(arguments)
+    chosen = parse_arguments(arguments)
     try:
         return chosen.command(chosen)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"sptseg: {error.filename}: {error.strerror}; check the path and its permissions", file=sys.stderr)
+        return 1
     except UserError as error:
-        print(f"sptseg: {error}", file=sys.stderr)
+        message = str(error).rsplit("UserError: ", 1)[-1]  # a process that loads data puts its traceback in front
+        print(f"sptseg: {' '.join(message.split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("sptseg: interrupted; the same command continues from the last checkpoint", file=sys.stderr)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 from .core import UserError, asset_path, read_yaml
 from .segmenter import METHODS, SegmenterConfig
 
-# %% ../nbs/90_recipe.ipynb #c039dd09
+# %% ../nbs/90_recipe.ipynb #a9c8ad4a
 class Recipe(BaseModel):
     """Everything about one training run."""
 
@@ -27,7 +27,9 @@ class Recipe(BaseModel):
     clip: str = "glyph-clip"  # a CLIP's name, see `sptseg.clip.load_clip`
     clip_weights: str | None = None  # its weights: a tag of open_clip or a file
     # the model; None means "as the method says"
-    spectral_blocks: str | None = None  # Table 3, for instance "1-2"; "" for none
+    spectral_blocks: Annotated[str, Field(coerce_numbers_to_str=True)] | None = (
+        None  # Table 3, for instance "1-2"; "" for none
+    )
     decoder_layers: PositiveInt = 3  # Table 4
     num_prompts: PositiveInt = 10  # deep prompts per block
     image_size: PositiveInt = 512  # side of training crops and test windows, pixels
@@ -67,14 +69,14 @@ class Recipe(BaseModel):
         chosen = self.auxiliary_loss or ("ssim" if self.method == "spt-seg" else "dice")
         return None if chosen == "none" else chosen
 
-# %% ../nbs/90_recipe.ipynb #9c52c7b1
+# %% ../nbs/90_recipe.ipynb #5988f4e8
 def check_recipe(
     content: dict,  # keys and values of a recipe
     source: str = "recipe",  # where they come from, for the message
 ) -> Recipe:
     """Make a `Recipe`; the first mistake raises a `UserError` that names the key."""
     try:
-        return Recipe(**content)
+        return Recipe.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -87,13 +89,13 @@ def check_recipe(
             f"{source}: {key}: {first['msg'][0].lower()}{first['msg'][1:]}{found}; correct this key"
         ) from None
 
-# %% ../nbs/90_recipe.ipynb #c8e2865a
+# %% ../nbs/90_recipe.ipynb #1fed0969
 def recipe_path(
     name: str | Path,  # a path, or the name of a recipe that ships with sptseg, such as "demo/spt-seg"
 ) -> Path:  # an existing file
     """Find a recipe; a missing one raises `UserError`."""
     path = Path(name)
-    if path.exists():
+    if path.is_file():
         return path
     shipped = asset_path(".", "experiments")
     if (shipped / f"{name}.yaml").exists():
@@ -104,6 +106,7 @@ def recipe_path(
 
 def load_recipe(
     name: str | Path,  # see `recipe_path`
+    /,
     **overrides,  # keys that replace those of the file
 ) -> Recipe:
     """Read a recipe from YAML."""

@@ -7,14 +7,15 @@ __all__ = ['METHODS', 'SEEN_BIAS', 'SegmenterConfig', 'Segmenter', 'build_segmen
            'window_starts', 'average_windows', 'slide_scores', 'predict_labels', 'save_segmenter',
            'read_segmenter_file', 'load_segmenter']
 
-# %% ../nbs/60_segmenter.ipynb #ffbaeb1f
+# %% ../nbs/60_segmenter.ipynb #5f36057f
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 from open_clip.transformer import VisionTransformer
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -191,7 +192,7 @@ def predict_labels(
     scores = slide_scores(model, image, text, stride=stride, seen=seen)
     return resize_masks(scores, output_size or image.shape[-2:]).argmax(1)[0]
 
-# %% ../nbs/60_segmenter.ipynb #31451ea2
+# %% ../nbs/60_segmenter.ipynb #0aba4299
 def save_segmenter(
     path: str | Path,  # .safetensors file to write or replace
     model: Segmenter,
@@ -201,30 +202,29 @@ def save_segmenter(
 ) -> Path:  # `path`
     """Write the trained tensors and the configuration, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.trained_tensors().items()}
-    metadata = {"sptseg": model.config.model_dump_json(), "clip": clip, **notes}
-    return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    metadata = json.dumps({**notes, "clip": clip, "config": model.config.model_dump()})
+    return write_atomically(path, lambda temporary: save_file(tensors, temporary, {"sptseg": metadata}))
 
 
 def read_segmenter_file(
     path: str | Path,  # a file written by `save_segmenter`
-) -> tuple[SegmenterConfig, dict[str, str], dict[str, Tensor]]:  # configuration, all metadata, trained tensors
+) -> tuple[SegmenterConfig, dict[str, str], dict[str, Tensor]]:  # configuration, "clip" and notes, trained tensors
     """Read a file of weights; whatever is wrong with it raises `UserError`."""
     try:
         with safe_open(path, "pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read as safetensors ({error}); check the path, or train again") from None
-    if not {"sptseg", "clip"} <= metadata.keys():
+    if "sptseg" not in metadata:
         raise UserError(f"{path}: not written by sptseg; for the authors' checkpoints see `sptseg.interop`")
     try:
-        return SegmenterConfig.model_validate_json(metadata["sptseg"]), metadata, tensors
-    except ValidationError as error:
-        key, problem = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
-        raise UserError(
-            f"{path}: its configuration cannot be read ({key} {problem}); use the sptseg that wrote it"
-        ) from None
+        notes = json.loads(metadata["sptseg"])
+        return SegmenterConfig.model_validate(notes.pop("config")), {"clip": notes["clip"], **notes}, tensors
+    except (ValueError, LookupError, AttributeError) as error:  # pydantic's errors are ValueErrors
+        problem = " ".join(str(error).split())
+        raise UserError(f"{path}: its configuration cannot be read ({problem}); use the sptseg that wrote it") from None
 
-# %% ../nbs/60_segmenter.ipynb #10199c19
+# %% ../nbs/60_segmenter.ipynb #6a5a586e
 def load_segmenter(
     path: str | Path,  # a file written by `save_segmenter`
     visual: VisionTransformer,  # the image encoder of the CLIP that it was trained with
@@ -233,9 +233,9 @@ def load_segmenter(
     expected: SegmenterConfig | None = None,  # refuse a file whose configuration differs
 ) -> Segmenter:  # in evaluation mode
     """Read a model; a file of another method, width or CLIP raises `UserError`."""
-    config, metadata, tensors = read_segmenter_file(path)
-    if metadata["clip"] != clip:
-        raise UserError(f"{path}: was trained with clip {metadata['clip']!r}, not {clip!r}; name that one")
+    config, notes, tensors = read_segmenter_file(path)
+    if notes["clip"] != clip:
+        raise UserError(f"{path}: was trained with clip {notes['clip']!r}, not {clip!r}; name that one")
     if expected is not None and config != expected:
         differing = [
             f"{key}={value!r} (wanted {getattr(expected, key)!r})"

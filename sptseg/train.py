@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CHECKPOINT', 'RECIPE', 'WEIGHTS', 'RESULTS', 'BatchSampler', 'phases', 'train_loader', 'iteration_loss',
            'set_iteration_seed', 'make_optimiser', 'claim_folder', 'save_checkpoint', 'load_checkpoint', 'Run', 'step',
-           'evaluate_run', 'record', 'make_accelerator', 'finish', 'train']
+           'evaluate_run', 'record', 'make_accelerator', 'finish', 'read_results', 'train']
 
-# %% ../nbs/92_train.ipynb #e4a8f023
+# %% ../nbs/92_train.ipynb #b03f681f
 import json
 import math
 import pickle
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
-from .core import UserError, provenance, save_json, write_atomically
+from .core import UserError, provenance, read_yaml, save_json, write_atomically
 from .data.benchmarks import Benchmark
 from .data.transforms import SegmentationData, TrainTransform, sample_generator
 from .evaluate import evaluate, load_parts, lowered_classes, segmenter_predictor, test_loader
@@ -142,7 +142,7 @@ def make_optimiser(
     """AdamW over everything that learns, with one rate and one weight decay for all, norms included."""
     return torch.optim.AdamW(model.trained_tensors().values(), lr=recipe.lr, weight_decay=recipe.weight_decay)
 
-# %% ../nbs/92_train.ipynb #f9510dce
+# %% ../nbs/92_train.ipynb #3ef44d94
 CHECKPOINT, RECIPE, WEIGHTS, RESULTS = "checkpoint.pt", "recipe.yaml", "model.safetensors", "results.json"
 
 
@@ -150,12 +150,13 @@ def claim_folder(
     out: Path,  # folder of the run
     recipe: Recipe,
 ) -> None:
-    """Write the recipe into the folder, or check that the folder belongs to this recipe."""
+    """Write the recipe into the folder, or check that what was trained there belongs to this recipe."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; name the folder of a run")
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     path = out / RECIPE
-    if path.exists():
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        now = yaml.safe_load(text)
+    if path.exists() and any((out / name).exists() for name in (CHECKPOINT, WEIGHTS, RESULTS)):
+        before, now = read_yaml(path), yaml.safe_load(text)
         changed = [f"{key} {before.get(key)!r} → {now[key]!r}" for key in now if before.get(key) != now[key]]
         if changed:
             raise UserError(
@@ -195,11 +196,10 @@ def load_checkpoint(
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"], strict=False)
         optimiser.load_state_dict(state["optimiser"])
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{path}: damaged checkpoint ({str(error).splitlines()[0]}); delete it to start again"
-        ) from None
-    return state["iteration"], state["history"]
+        return state["iteration"], state["history"]
+    except (RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path}: damaged checkpoint ({problem}); delete it to start again") from None
 
 # %% ../nbs/92_train.ipynb #216f175a
 class Run:
@@ -323,7 +323,17 @@ def finish(
     save_json(run.out / RESULTS, results)
     return results
 
-# %% ../nbs/92_train.ipynb #99027831
+# %% ../nbs/92_train.ipynb #12bb6b3b
+def read_results(
+    path: Path,  # the results.json of a finished run
+) -> dict:  # its content
+    """Results of a finished run."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged results ({error}); delete it to evaluate again") from None
+
+
 def train(
     recipe: Recipe,
     out: str | Path,  # folder of the run; made if needed
@@ -333,7 +343,7 @@ def train(
     out, start = Path(out), time.monotonic()
     claim_folder(out, recipe)
     if (out / RESULTS).exists():
-        return json.loads((out / RESULTS).read_text(encoding="utf-8"))
+        return read_results(out / RESULTS)
     run = Run(recipe, out, make_accelerator(recipe, out), progress)
     run.segmenter.train()
     share = {"rank": run.accelerator.process_index, "processes": run.accelerator.num_processes}

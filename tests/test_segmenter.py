@@ -1,5 +1,7 @@
 """The four methods as one module, sliding windows against a loop, and files that are refused when they do not fit."""
 
+import json
+
 import pytest
 import torch
 from open_clip.transformer import QuickGELU, VisionTransformer
@@ -141,6 +143,12 @@ def test_a_saved_model_answers_the_same(tmp_path, method):
     assert read_segmenter_file(path)[1]["method"] == method
 
 
+def test_equal_models_give_equal_files(saved, tmp_path):
+    for attempt in range(8):
+        path = save_segmenter(tmp_path / f"{attempt}.safetensors", make(), clip="tiny", method="spt-seg")
+        assert path.read_bytes() == saved.read_bytes()
+
+
 def test_clip_is_not_in_the_file(saved):
     model, stored = make(), load_file(saved)
     assert stored.keys() == model.trained_tensors().keys() and not any("visual" in name for name in stored)
@@ -148,11 +156,12 @@ def test_clip_is_not_in_the_file(saved):
     assert [path.name for path in saved.parent.iterdir()] == ["model.safetensors"]
 
 
-def rewrite(path, tensors=None, **metadata):
-    """The same file with other tensors or metadata; None takes a key out."""
+def rewrite(path, tensors=None, **notes):
+    """The same file with other tensors or another note of its metadata; None takes a note out."""
     with safe_open(path, "pt") as file:
-        metadata = {key: text for key, text in {**file.metadata(), **metadata}.items() if text is not None}
-    save_file(load_file(path) if tensors is None else tensors, path, metadata)
+        notes = {**json.loads(file.metadata()["sptseg"]), **notes}
+    text = json.dumps({key: note for key, note in notes.items() if note is not None})
+    save_file(load_file(path) if tensors is None else tensors, path, {"sptseg": text})
 
 
 REFUSALS = {
@@ -165,10 +174,11 @@ REFUSALS = {
     "another format": (lambda path: path.write_text("weights: none"), {}, "cannot be read"),
     "no file": (lambda path: path.unlink(), {}, "cannot be read"),
     "a folder": (lambda path: (path.unlink(), path.mkdir()), {}, "cannot be read"),
-    "no configuration": (lambda path: rewrite(path, sptseg=None), {}, "not written by sptseg"),
-    "no name of a clip": (lambda path: rewrite(path, clip=None), {}, "not written by sptseg"),
-    "a broken configuration": (lambda path: rewrite(path, sptseg="{"), {}, "configuration"),
-    "an unknown key": (lambda path: rewrite(path, sptseg='{"colour": 1}'), {}, "colour"),
+    "no metadata": (lambda path: save_file(load_file(path), path), {}, "not written by sptseg"),
+    "broken metadata": (lambda path: save_file(load_file(path), path, {"sptseg": "{"}), {}, "configuration"),
+    "no configuration": (lambda path: rewrite(path, config=None), {}, "config"),
+    "no name of a clip": (lambda path: rewrite(path, clip=None), {}, "clip"),
+    "an unknown key": (lambda path: rewrite(path, config={"colour": 1}), {}, "colour"),
     "a missing tensor": (lambda path: rewrite(path, dict(list(load_file(path).items())[1:])), {}, "do not fit"),
     "a tensor too many": (lambda path: rewrite(path, {**load_file(path), "x": torch.ones(1)}), {}, "'x'"),
 }
