@@ -1,0 +1,61 @@
+"""The papermill notebooks, run as a user runs them."""
+
+import json
+from pathlib import Path
+
+import papermill
+import pytest
+
+from sptseg.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = ROOT / "nbs/runs"
+
+
+def run_notebook(name, folder, **parameters):
+    """Execute a notebook from a folder that is not the checkout; returns the path of the executed one."""
+    executed = folder / f"{name}.ipynb"
+    papermill.execute_notebook(RUNS / f"{name}.ipynb", executed, parameters, cwd=folder, progress_bar=False)
+    return executed
+
+
+def test_parameters_of_train_are_the_keys_of_a_recipe():
+    parameters = papermill.inspect_notebook(RUNS / "train.ipynb")
+    assert parameters.keys() - {"out"} == Recipe.model_fields.keys()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    executed = run_notebook("train", folder, out="run")
+    return folder / "run", executed
+
+
+def test_train_notebook_leaves_results_weights_and_pictures(trained):
+    run, executed = trained
+    results = json.loads((run / "results.json").read_text())
+    assert results["metrics"]["IoU"].keys() == set(results["metrics"]["IoU"]) and results["commit"]
+    assert (run / "model.safetensors").exists() and (run / "pictures.png").exists()
+    assert "image/png" in executed.read_text(), "the executed notebook shows pictures"
+
+
+def test_evaluate_notebook_finds_what_training_found(trained, tmp_path):
+    run, _ = trained
+    run_notebook("evaluate", tmp_path, run=str(run), out="evaluation.json")
+    evaluated = json.loads((tmp_path / "evaluation.json").read_text())["metrics"]
+    assert evaluated == json.loads((run / "results.json").read_text())["metrics"]
+
+
+def test_demo_compares_both_methods_over_seeds(tmp_path):
+    overrides = {"image_size": 48, "iterations": 2, "val_pictures": 4, "eval_every": 2, "num_prompts": 2}
+    run_notebook("demo", tmp_path, out="demo", seeds=[0, 1], overrides=overrides)
+    results = json.loads((tmp_path / "demo/results.json").read_text())
+    expected = {f"{method}, seed {seed}" for method in ("zegclip", "spt-seg") for seed in (0, 1)}
+    assert results["metrics"].keys() == expected | {"training-free CLIP"}
+    assert {path.name for path in (tmp_path / "demo").glob("*.png")} == {"classes.png", "curves.png", "pictures.png"}
+
+
+def test_a_mistake_in_the_parameters_stops_the_notebook_before_training(tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match="decoder_layers"):
+        run_notebook("train", tmp_path, out="run", decoder_layers=0)
+    assert not (tmp_path / "run").exists()
