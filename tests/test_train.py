@@ -1,0 +1,281 @@
+"""Training runs: killed and resumed, blind to unseen labels, and stopped with their last checkpoint kept."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+import torch
+import yaml
+from torch.utils.data import Dataset
+
+import sptseg.train
+from sptseg.cli import main
+from sptseg.core import IGNORE, UserError
+from sptseg.data.benchmarks import Benchmark
+from sptseg.evaluate import load_parts
+from sptseg.recipe import check_recipe, learning_rate
+from sptseg.splits import SETTINGS
+from sptseg.train import CHECKPOINT, RESULTS, WEIGHTS, BatchSampler, phases, train
+
+TINY = {
+    **{"dataset": "glyphs-20", "image_size": 32, "num_prompts": 2, "decoder_layers": 2, "train_pictures": 6},
+    **{"val_pictures": 1, "iterations": 2, "batch_size": 2, "warmup_iterations": 0, "lr": 1e-3, "checkpoint_every": 1},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The same order of summation as in a process with OMP_NUM_THREADS=1."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny(**changes):
+    return check_recipe({**TINY, **changes})
+
+
+def weights_of(out, **changes):
+    train(tiny(**changes), out, progress=False)
+    return (out / WEIGHTS).read_bytes()
+
+
+def snapshot(folder):
+    """Content and time of change of every file."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path):
+    settings = ["iterations=24", "checkpoint_every=6", "eval_every=12", "batch_size=2", "val_pictures=2"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    command = ["train", "demo/smoke", "--quiet", *settings, "--out"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sptseg.cli", *command, str(killed)], env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    while not (killed / CHECKPOINT).exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was killed in the middle, it did not end by itself"
+    assert not (killed / WEIGHTS).exists() and not (killed / RESULTS).exists()
+    done = torch.load(killed / CHECKPOINT, weights_only=True)["iteration"]
+    assert 0 < done < 24
+    for out in (killed, whole):
+        assert main([*command, str(out)]) == 0
+    assert (killed / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    histories = [json.loads((out / RESULTS).read_text())["history"] for out in (killed, whole)]
+    assert histories[0] == histories[1] and [row["iteration"] for row in histories[0]["train"]] == [*range(1, 25)]
+
+
+STOPS = [("inductive", 1), ("supervised", 3), ("transductive", 1), ("transductive", 2), ("transductive", 3)]
+
+
+@pytest.mark.parametrize(("setting", "stop"), STOPS)
+def test_resuming_at_any_iteration_changes_nothing(tmp_path, monkeypatch, setting, stop):
+    whole = weights_of(tmp_path / "whole", iterations=4, setting=setting)
+    recording = sptseg.train.record
+
+    def interrupt(run, values):
+        recording(run, values)
+        if run.done == stop:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("sptseg.train.record", interrupt)
+        weights_of(tmp_path / "stopped", iterations=4, setting=setting)
+    assert weights_of(tmp_path / "stopped", iterations=4, setting=setting) == whole
+
+
+class ChangedMasks(Dataset):
+    """A dataset whose masks go through a function."""
+
+    def __init__(self, base, change):
+        self.base, self.change = base, change
+
+    def __len__(self):
+        return len(self.base)
+
+    def __getitem__(self, index):
+        sample = self.base[index]
+        return sample._replace(mask=self.change(sample.mask.clone()))
+
+
+def weights_with_masks(out, monkeypatch, change, **changes):
+    """Train with changed masks."""
+
+    def changed_parts(recipe):
+        benchmark, *rest = load_parts(recipe)
+        hidden = torch.tensor(benchmark.labels.unseen)
+        pictures = ChangedMasks(benchmark.train, lambda mask: change(mask, hidden))
+        assert any(torch.isin(sample.mask, hidden).any() for sample in map(benchmark.train.__getitem__, range(6)))
+        return Benchmark(benchmark.labels, pictures, benchmark.val), *rest
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sptseg.train.load_parts", changed_parts)
+        return weights_of(out, iterations=6, **changes)
+
+
+def shuffle_unseen(mask, unseen):
+    """Every pixel of an unseen class gets a random unseen class."""
+    guess = unseen[torch.randint(len(unseen), mask.shape)].to(mask.dtype)
+    return torch.where(torch.isin(mask, unseen), guess, mask)
+
+
+def drop_unseen(mask, unseen):
+    return torch.where(torch.isin(mask, unseen), IGNORE, mask)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_unseen_labels_reach_supervised_training_only(tmp_path, monkeypatch, setting):
+    plain = weights_of(tmp_path / "plain", iterations=6, setting=setting)
+    shuffled = weights_with_masks(tmp_path / "shuffled", monkeypatch, shuffle_unseen, setting=setting)
+    dropped = weights_with_masks(tmp_path / "dropped", monkeypatch, drop_unseen, setting=setting)
+    assert (shuffled == plain) == (setting != "supervised")
+    assert (dropped == plain) == (setting == "inductive"), "where they are is known in transductive training"
+
+
+def test_the_number_of_workers_does_not_matter(tmp_path):
+    alone, helped = (tmp_path / f"{workers} workers" for workers in (0, 2))
+    assert weights_of(alone, workers=0) == weights_of(helped, workers=2)
+
+
+def test_the_seed_does_matter(tmp_path):
+    assert weights_of(tmp_path / "0", seed=0) != weights_of(tmp_path / "1", seed=1)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    recipe, kept = tiny(lr=1e30, iterations=5), []
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"^iteration \d: the loss is (nan|inf); lower lr \(1e\+30\)") as error:
+            train(recipe, tmp_path, progress=False)
+        kept.append((tmp_path / CHECKPOINT).read_bytes())
+        done = torch.load(tmp_path / CHECKPOINT, weights_only=True)["iteration"]
+        assert str(error.value).startswith(f"iteration {done}:") and done >= 1
+    assert kept[0] == kept[1]
+    assert not (tmp_path / WEIGHTS).exists() and not (tmp_path / RESULTS).exists()
+
+
+def test_without_a_checkpoint_the_message_says_so(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint was written yet"):
+        train(tiny(lr=1e30, iterations=5, checkpoint_every=9), tmp_path, progress=False)
+
+
+def test_a_changed_recipe_is_refused_and_nothing_touched(tmp_path):
+    train(tiny(), tmp_path, progress=False)
+    for missing in ([], [RESULTS], [RESULTS, WEIGHTS]):
+        for name in missing:
+            (tmp_path / name).unlink(missing_ok=True)
+        before = snapshot(tmp_path)
+        with pytest.raises(UserError, match=r"seed 0 → 3, lr 0.001 → 0.1|lr 0.001 → 0.1, seed 0 → 3") as error:
+            train(tiny(seed=3, lr=0.1), tmp_path, progress=False)
+        assert str(error.value).startswith(f"{tmp_path}: ") and snapshot(tmp_path) == before
+
+
+def test_a_folder_in_which_nothing_was_trained_takes_another_recipe(tmp_path):
+    with pytest.raises(UserError, match="spectral_blocks"):
+        train(tiny(spectral_blocks="2-1"), tmp_path, progress=False)
+    train(tiny(), tmp_path, progress=False)
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["spectral_blocks"] is None
+
+
+def test_a_finished_run_gives_its_results_without_training(tmp_path, monkeypatch):
+    results = train(tiny(), tmp_path, progress=False)
+    before = snapshot(tmp_path)
+    monkeypatch.setattr("sptseg.train.Run", None)
+    assert train(tiny(), tmp_path, progress=False) == json.loads(json.dumps(results)) and snapshot(tmp_path) == before
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def other_content(path):
+    torch.save({"iteration": 1}, path)
+
+
+DAMAGES = {"cut": cut, "empty": lambda path: path.write_bytes(b""), "other": other_content}
+DAMAGES["list"] = lambda path: torch.save([1, 2], path)
+DAMAGES["text"] = lambda path: path.write_text("not a checkpoint")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path, damage):
+    train(tiny(), tmp_path, progress=False)
+    (tmp_path / RESULTS).unlink()
+    DAMAGES[damage](tmp_path / CHECKPOINT)
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError, match="damaged checkpoint") as error:
+        train(tiny(), tmp_path, progress=False)
+    assert str(error.value).startswith(f"{tmp_path / CHECKPOINT}: ") and "\n" not in str(error.value)
+    assert before.items() <= snapshot(tmp_path).items()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_batches_visit_every_picture_once_per_epoch(processes):
+    recipe = tiny(batch_size=8, iterations=12, seed=5)
+    samplers = [BatchSampler(length=10, recipe=recipe, rank=rank, processes=processes) for rank in range(processes)]
+    shares = [list(sampler) for sampler in samplers]
+    assert all(len(sampler) == len(share) == 12 for sampler, share in zip(samplers, shares, strict=True))
+    keys = [key for together in zip(*shares, strict=True) for batch in together for key in batch]
+    assert keys == [key for batch in BatchSampler(length=10, recipe=recipe) for key in batch]
+    visits = Counter(keys)
+    assert set(visits.values()) == {1} and len(visits) == 96
+    assert {key for key in keys if key[0] < 9} == {(epoch, index) for epoch in range(9) for index in range(10)}
+    assert [index for epoch, index in keys if epoch == 0] != [index for epoch, index in keys if epoch == 1]
+
+
+def test_batches_continue_where_they_stopped():
+    recipe = tiny(batch_size=8, iterations=12)
+    whole = list(BatchSampler(length=10, recipe=recipe))
+    assert list(BatchSampler(length=10, recipe=recipe, first=5)) == whole[5:]
+    assert list(BatchSampler(length=10, recipe=recipe, first=5, last=7)) == whole[5:7]
+    assert whole != list(BatchSampler(length=10, recipe=tiny(batch_size=8, iterations=12, seed=1)))
+    with pytest.raises(UserError, match="batch_size: 8 cannot be shared by 3"):
+        BatchSampler(length=10, recipe=recipe, processes=3)
+
+
+@pytest.mark.parametrize(
+    ("iteration", "expected"),
+    [
+        (0, 2e-10),  # 2e-4 · 1e-6
+        (750, (1.99e-4 * 0.9625**0.9 + 1e-6) * (1 - 0.5 * (1 - 1e-6))),
+        (1499, (1.99e-4 * (1 - 1499 / 20_000) ** 0.9 + 1e-6) * (1 - (1 - 1e-6) / 1500)),
+        (1500, 1.99e-4 * 0.925**0.9 + 1e-6),
+        (10_000, 1.99e-4 * 0.5**0.9 + 1e-6),
+        (19_999, 1.99e-4 * 0.00005**0.9 + 1e-6),
+    ],
+)
+def test_learning_rates_of_the_protocol(iteration, expected):
+    assert math.isclose(learning_rate(check_recipe({"dataset": "voc"}), iteration), expected, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("method", ["zegclip", "zegclip+spt", "zegclip+sgd", "spt-seg"])
+def test_every_method_trains_in_every_setting(tmp_path, monkeypatch, method, setting):
+    computing, calls = sptseg.train.iteration_loss, []
+
+    def watch(model, images, label, text, unseen, *rest):
+        calls.append((len(text), len(unseen)))
+        return computing(model, images, label, text, unseen, *rest)
+
+    monkeypatch.setattr("sptseg.train.iteration_loss", watch)
+    results = train(tiny(method=method, setting=setting), tmp_path, progress=False)
+    assert (
+        calls == {"inductive": [(15, 0)] * 2, "supervised": [(20, 0)] * 2, "transductive": [(15, 0), (20, 5)]}[setting]
+    )
+    rows = results["history"]["train"]
+    assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
+    assert ("ssim" if method == "spt-seg" else "dice") in rows[0]
+    assert results["metrics"]["pAcc"] is not None and (tmp_path / WEIGHTS).exists()
+
+
+def test_phases_share_the_iterations():
+    assert phases(tiny(iterations=7)) == [(0, 7, "inductive")]
+    assert phases(tiny(iterations=7, setting="transductive")) == [(0, 3, "inductive"), (3, 7, "transductive")]
