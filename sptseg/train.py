@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHECKPOINT', 'RECIPE', 'WEIGHTS', 'RESULTS', 'BatchSampler', 'phases', 'train_loader', 'iteration_loss',
            'set_iteration_seed', 'make_optimiser', 'claim_folder', 'save_checkpoint', 'load_checkpoint', 'Run', 'step',
-           'evaluate_run', 'record', 'make_accelerator', 'finish', 'read_results', 'train']
+           'evaluate_run', 'record', 'make_accelerator', 'finish', 'read_results', 'iterate', 'train']
 
 # %% ../nbs/92_train.ipynb #b03f681f
 import json
@@ -323,7 +323,7 @@ def finish(
     save_json(run.out / RESULTS, results)
     return results
 
-# %% ../nbs/92_train.ipynb #12bb6b3b
+# %% ../nbs/92_train.ipynb #ee1cdc83
 def read_results(
     path: Path,  # the results.json of a finished run
 ) -> dict:  # its content
@@ -332,6 +332,22 @@ def read_results(
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: damaged results ({error}); delete it to evaluate again") from None
+
+
+def iterate(
+    run: Run,
+) -> None:
+    """All iterations that are left."""
+    run.segmenter.train()
+    share = {"rank": run.accelerator.process_index, "processes": run.accelerator.num_processes}
+    with tqdm(total=run.recipe.iterations, initial=run.done, desc=run.recipe.method, disable=not run.progress) as bar:
+        for first, last, setting in phases(run.recipe):
+            loader = train_loader(run.benchmark, run.recipe, setting, first=max(first, run.done), last=last, **share)
+            for images, label, _ in loader:
+                values = step(run, run.losses(run.done, images, label, setting))
+                record(run, values)
+                bar.update()
+                bar.set_postfix(loss=f"{values['loss']:.3f}")
 
 
 def train(
@@ -344,16 +360,12 @@ def train(
     claim_folder(out, recipe)
     if (out / RESULTS).exists():
         return read_results(out / RESULTS)
-    run = Run(recipe, out, make_accelerator(recipe, out), progress)
-    run.segmenter.train()
-    share = {"rank": run.accelerator.process_index, "processes": run.accelerator.num_processes}
-    with tqdm(total=recipe.iterations, initial=run.done, desc=recipe.method, disable=not run.progress) as bar:
-        for first, last, setting in phases(recipe):
-            loader = train_loader(run.benchmark, recipe, setting, first=max(first, run.done), last=last, **share)
-            for images, label, _ in loader:
-                values = step(run, run.losses(run.done, images, label, setting))
-                record(run, values)
-                bar.update()
-                bar.set_postfix(loss=f"{values['loss']:.3f}")
-    run.accelerator.end_training()
+    accelerator = make_accelerator(recipe, out)
+    try:
+        run = Run(recipe, out, accelerator, progress)
+        iterate(run)
+        accelerator.end_training()
+    finally:  # after an error too, the log is closed
+        for tracker in accelerator.trackers:
+            tracker.finish()
     return finish(run, time.monotonic() - start)

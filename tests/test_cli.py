@@ -1,0 +1,309 @@
+"""What bad input gets: one line that names the culprit and the remedy, exit status 1, and nothing overwritten."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from open_clip.transformer import VisionTransformer
+from torch.utils.data import Dataset
+
+from sptseg.cli import main, make_parser, parse_arguments
+from sptseg.data.benchmarks import BENCHMARKS, Benchmark
+from sptseg.data.transforms import Sample
+from sptseg.segmenter import METHODS, build_segmenter, save_segmenter
+from sptseg.splits import LabelSet, load_label_set
+
+TINY = {
+    **{"dataset": "glyphs-20", "image_size": 32, "num_prompts": 2, "decoder_layers": 1, "train_pictures": 4},
+    **{"val_pictures": 1, "iterations": 2, "batch_size": 2, "warmup_iterations": 0, "checkpoint_every": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "row.yaml").write_text(yaml.safe_dump(TINY))
+    assert main(["train", str(folder / "row.yaml"), "--quiet", "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def row(tmp_path, monkeypatch):
+    """A recipe in an otherwise empty folder, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "row.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+def snapshot(folder):
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def refusal(capsys, *arguments):
+    """The one line that a command shows for bad input."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 1
+    shown = capsys.readouterr()
+    [line] = shown.err.splitlines()
+    assert line.startswith("sptseg: ") and "Traceback" not in line and not shown.out
+    return line.removeprefix("sptseg: ")
+
+
+BAD_SETTINGS = {  # what is wrong: (settings, what the line must say)
+    "unknown key": (["learning_rate=1"], ["learning_rate", "row.yaml"]),
+    "misspelt key": (["iteration=1"], ["'iteration'", "did you mean 'iterations'?"]),
+    "a key that is a word of the program": (["name=x"], ["'name'"]),
+    "wrong type": (["batch_size=many"], ["batch_size", "'many'"]),
+    "wrong type in a list": (["ratio_range=[1, wide]"], ["ratio_range.1", "'wide'"]),
+    "out of range": (["dropout=1.5"], ["dropout", "1.5"]),
+    "no iterations": (["iterations=0"], ["iterations", "0"]),
+    "unknown method": (["method=unet"], ["method", "'spt-seg'", "'unet'"]),
+    "unknown setting": (["setting=zero-shot"], ["setting", "'inductive'"]),
+    "unknown dataset": (["dataset=nowhere"], ["dataset", "'nowhere'", "glyphs-20"]),
+    "layers in reverse": (["spectral_blocks=2-1"], ["spectral_blocks", "'2-1'", "'1-2'"]),
+    "layers that do not exist": (["spectral_blocks=1-99"], ["spectral_blocks", "'1-99'"]),
+    "one layer that does not exist": (["spectral_blocks=99"], ["spectral_blocks", "'99'"]),
+    "size that is no multiple": (["image_size=30"], ["image_size", "30", "multiple"]),
+    "ratios in reverse": (["ratio_range=[2, 1]"], ["ratio"]),
+    "unknown clip": (["clip=no-such-clip"], ["no-such-clip"]),
+    "missing weights": (["clip=ViT-B-16-quickgelu", "clip_weights=gone.pt"], ["gone.pt"]),
+    "no weights named": (["clip=ViT-B-16-quickgelu"], ["ViT-B-16-quickgelu", "weights"]),
+    "folder without weights": (["clip=empty"], ["empty"]),
+    "no setting": (["seed"], ["'seed'", "key=value"]),
+    "value that is no YAML": (["lr=[1"], ["lr=[1"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SETTINGS)
+def test_bad_settings_are_refused(row, capsys, case):
+    settings, expected = BAD_SETTINGS[case]
+    (row.parent / "empty").mkdir()
+    before = snapshot(row.parent)
+    line = refusal(capsys, "train", row, "--quiet", "--out", "run", *settings)
+    assert all(part in line for part in expected), line
+    assert {path: file for path, file in snapshot(row.parent).items() if "run" not in path.parts} == before
+    assert not list(row.parent.rglob("*.pt")) and not list(row.parent.rglob("*.safetensors"))
+
+
+BAD_RECIPES = {
+    "missing": (None, "no such recipe"),
+    "not YAML": ("a: [1", "not valid YAML"),
+    "no mapping": ("- 1\n- 2", "key: value"),
+    "empty": ("", "key: value"),
+    "binary": (b"\xff\xfe\x00\x81", "not valid YAML"),
+    "no dataset": ("seed: 1", "dataset"),
+    "a number as key": ("dataset: glyphs-20\n1: 2", "1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RECIPES)
+def test_bad_recipes_are_refused(row, capsys, case):
+    content, expected = BAD_RECIPES[case]
+    row.unlink()
+    if content is not None:
+        row.write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = snapshot(row.parent)
+    line = refusal(capsys, "train", row, "--out", "run")
+    assert str(row) in line and expected in line and snapshot(row.parent) == before
+
+
+def test_a_shipped_recipe_is_found_even_beside_a_folder_of_its_name(row, capsys):
+    (row.parent / "demo/smoke").mkdir(parents=True)
+    assert "'kolour'" in refusal(capsys, "train", "demo/smoke", "kolour=1")
+    assert "demo/smoke" in refusal(capsys, "train", "demo/none")
+
+
+def test_an_output_that_is_a_file_is_left_alone(row, capsys):
+    before = snapshot(row.parent)
+    assert "row.yaml" in refusal(capsys, "train", row, "--out", row)
+    assert "row.yaml" in refusal(capsys, "train", row, "--out", row / "run")
+    assert snapshot(row.parent) == before
+
+
+BAD_LABEL_SETS = {
+    "both": ({"classes": ["cat", "dog"], "seen": ["cat", "dog"], "unseen": ["dog"]}, ["'dog'", "both"]),
+    "empty": ({"classes": []}, ["classes", "empty"]),
+    "no classes": ({"name": "nothing"}, ["classes", "empty"]),
+    "unknown name": ({"classes": ["cat"], "unseen": ["cow"]}, ["unseen", "'cow'"]),
+    "twice": ({"classes": ["cat", "cat"]}, ["classes", "'cat'", "twice"]),
+    "all unseen": ({"classes": ["cat"], "unseen": ["cat"]}, ["unseen", "at least one"]),
+    "wrong type": ({"classes": ["cat", True]}, ["classes", "True"]),
+    "unknown key": ({"classes": ["cat"], "colours": []}, ["colours"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LABEL_SETS)
+def test_bad_label_sets_are_refused(row, capsys, monkeypatch, case):
+    content, expected = BAD_LABEL_SETS[case]
+    file = row.parent / "labels.yaml"
+    file.write_text(yaml.safe_dump(content))
+    monkeypatch.setitem(BENCHMARKS, "own", lambda name, **options: Benchmark(load_label_set(file), None, None))
+    line = refusal(capsys, "train", row, "dataset=own", "--out", "run")
+    assert str(file) in line and all(part in line for part in expected)
+
+
+class Samples(Dataset):
+    """The same sample again and again."""
+
+    def __init__(self, image, mask):
+        self.sample = Sample(image, mask, "picture 7")
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return self.sample
+
+
+IMAGE, MASK = torch.zeros(3, 40, 50, dtype=torch.uint8), torch.zeros(40, 50, dtype=torch.uint8)
+BAD_SAMPLES = {
+    "an image that is none": ((torch.zeros(40), MASK), "the image is"),
+    "a grey image": ((IMAGE[:1], MASK), "the image is"),
+    "an image of floats": ((IMAGE.float(), MASK), "the image is"),
+    "a mask of another size": ((IMAGE, MASK[:-1]), "the mask has shape"),
+    "a mask of floats": ((IMAGE, MASK.float()), "the mask has type"),
+    "a label outside the class list": ((IMAGE, MASK + 2), "label 2 is outside"),
+}
+
+
+def refusal_of_samples(row, capsys, monkeypatch, train, val, *settings):
+    benchmark = Benchmark(LabelSet("pets", ("cat", "dog"), unseen=(1,)), train, val)
+    monkeypatch.setitem(BENCHMARKS, "own", lambda name, **options: benchmark)
+    line = refusal(capsys, "train", row, "dataset=own", "--quiet", "--out", "run", *settings)
+    assert "picture 7: " in line and not (row.parent / "run/results.json").exists()
+    return line
+
+
+@pytest.mark.parametrize("case", BAD_SAMPLES)
+def test_bad_pictures_and_masks_are_refused(row, capsys, monkeypatch, case):
+    sample, expected = BAD_SAMPLES[case]
+    for train, val in ((Samples(*sample), Samples(IMAGE, MASK)), (Samples(IMAGE, MASK), Samples(*sample))):
+        assert expected in refusal_of_samples(row, capsys, monkeypatch, train, val)
+
+
+def test_a_failed_run_leaves_no_thread_behind(row, capsys, monkeypatch):
+    before, pictures = threading.active_count(), Samples(IMAGE, MASK + 2)
+    refusal_of_samples(row, capsys, monkeypatch, pictures, pictures)
+    assert threading.active_count() <= before
+
+
+def test_a_bad_picture_in_another_process_is_one_line_too(row, capsys, monkeypatch):
+    pictures = Samples(IMAGE, MASK + 2)
+    assert "label 2 is outside" in refusal_of_samples(row, capsys, monkeypatch, pictures, pictures, "workers=1")
+
+
+def test_resuming_with_a_changed_recipe_is_refused(finished, capsys):
+    before = snapshot(finished)
+    row = finished.parent / "row.yaml"
+    line = refusal(capsys, "train", row, "--quiet", "--out", finished, "lr=0.5", "seed=2")
+    assert str(finished) in line and "lr 0.0002 → 0.5" in line and "seed 0 → 2" in line
+    assert snapshot(finished) == before
+
+
+def make_run(folder, finished, weights=None):
+    """A folder that looks like a finished run, with other weights or none."""
+    folder.mkdir()
+    (folder / "recipe.yaml").write_bytes((finished / "recipe.yaml").read_bytes())
+    if weights is not None:
+        (folder / "model.safetensors").write_bytes(weights)
+    return folder
+
+
+def test_weights_of_another_method_are_refused(finished, capsys):
+    before = snapshot(finished)
+    line = refusal(capsys, "evaluate", finished, "--quiet", "method=zegclip")
+    assert "model.safetensors" in line and "decoder='sgd' (wanted 'zegclip')" in line
+    assert snapshot(finished) == before
+
+
+def test_weights_of_another_width_are_refused(finished, tmp_path, capsys):
+    run = make_run(tmp_path / "run", finished)
+    wider = VisionTransformer(32, 8, 48, 4, 2, 2.0, output_dim=24)
+    config = METHODS["spt-seg"].model_copy(update={"image_size": 32, "num_prompts": 2, "decoder_layers": 1})
+    save_segmenter(run / "model.safetensors", build_segmenter(wider, config), clip="glyph-clip")
+    before = snapshot(run)
+    line = refusal(capsys, "evaluate", run, "--quiet")
+    assert "model.safetensors" in line and "do not fit this CLIP" in line and snapshot(run) == before
+
+
+@pytest.mark.parametrize("weights", [None, b"", b"no weights at all"])
+def test_missing_or_broken_weights_are_refused(finished, tmp_path, capsys, weights):
+    run = make_run(tmp_path / "run", finished, weights)
+    before = snapshot(run)
+    assert str(run / "model.safetensors") in refusal(capsys, "evaluate", run, "--quiet")
+    assert snapshot(run) == before
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
+    assert str(tmp_path / "recipe.yaml") in refusal(capsys, "evaluate", tmp_path)
+    assert str(tmp_path / "gone") in refusal(capsys, "evaluate", tmp_path / "gone")
+
+
+def test_evaluation_repeats_the_runs_own(finished, tmp_path, capsys):
+    out = tmp_path / "again.json"
+    assert main(["evaluate", str(finished), "--quiet", "--out", str(out)]) == 0
+    again, first = (json.loads(path.read_text()) for path in (out, finished / "results.json"))
+    assert again["metrics"] == first["metrics"] and str(out) in capsys.readouterr().out
+
+
+def test_settings_may_stand_anywhere(capsys):
+    for order in (
+        ["a.yaml", "--out", "x", "seed=1"],
+        ["a.yaml", "seed=1", "--out", "x"],
+        ["--out", "x", "a.yaml", "seed=1"],
+    ):
+        chosen = parse_arguments(["train", *order])
+        assert (chosen.recipe, chosen.settings, str(chosen.out)) == ("a.yaml", ["seed=1"], "x")
+    both = parse_arguments(["train", "a.yaml", "seed=1", "--quiet", "lr=2"])
+    assert both.settings == ["seed=1", "lr=2"] and both.quiet
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["fly"], ["train"], ["train", "x", "--colour", "red"], ["check-reference", "x", "seed=1"], ["evaluate"]],
+)
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2 and "usage: sptseg" in capsys.readouterr().err
+
+
+def commands():
+    [choices] = [action.choices for action in make_parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    return choices
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert exit.value.code == 0 and {"train", "evaluate", "check-reference"} <= commands().keys()
+    assert all(f"    {name}" in shown for name in commands())
+
+
+@pytest.mark.parametrize("command", commands())
+def test_help_explains_every_argument(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert exit.value.code == 0
+    for action in commands()[command]._actions:
+        name = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
+        assert action.help and name in shown and " ".join(action.help.split()) in shown
+
+
+def test_a_process_shows_one_line_and_no_traceback(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "COLUMNS": "80"}
+    command = [sys.executable, "-m", "sptseg.cli", "train", "demo/smoke", "spectral_blocks=2-1", "--out", "run"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith("sptseg: spectral_blocks: '2-1'") and len(done.stderr.splitlines()) == 1
