@@ -40,7 +40,7 @@ def read_yaml(
         raise UserError(f"{path}: must hold `key: value` lines, found {type(content).__name__}; mend the file")
     return content
 
-# %% ../nbs/00_core.ipynb #16693616
+# %% ../nbs/00_core.ipynb #a4e37d44
 def write_atomically(
     path: str | Path,  # the file to write or replace; its folder is made if needed
     write: Callable[[Path], object],  # writes the whole content to the path that it is given
@@ -53,6 +53,7 @@ def write_atomically(
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        temporary.chmod(0o644)  # some libraries write for the owner only
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

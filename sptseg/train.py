@@ -142,7 +142,7 @@ def make_optimiser(
     """AdamW over everything that learns, with one rate and one weight decay for all, norms included."""
     return torch.optim.AdamW(model.trained_tensors().values(), lr=recipe.lr, weight_decay=recipe.weight_decay)
 
-# %% ../nbs/92_train.ipynb #3ef44d94
+# %% ../nbs/92_train.ipynb #e92fb27e
 CHECKPOINT, RECIPE, WEIGHTS, RESULTS = "checkpoint.pt", "recipe.yaml", "model.safetensors", "results.json"
 
 
@@ -173,7 +173,9 @@ def save_checkpoint(
     optimiser: torch.optim.Optimizer,
     history: dict,  # "train" and "val" records
 ) -> None:
-    """Write the state of a run, atomically."""
+    """Write the state of a run, atomically; weights that are not finite raise `UserError` and change nothing."""
+    if not all(torch.isfinite(tensor).all() for tensor in model.trained_tensors().values()):
+        raise UserError(f"iteration {iteration}: weights are not finite; lower lr; earlier files in {out} are kept")
     state = {
         "iteration": iteration,
         "model": model.trained_tensors(),

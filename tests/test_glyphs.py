@@ -83,7 +83,8 @@ def test_later_things_cover_earlier_ones():
     for index in range(20):
         rng = np.random.default_rng(index)
         _, layers = draw_scene(["red cat", "blue cat", "green cat"], ["grey wall"], 96, rng, spans=(0.9, 0.9))
-        _, before = draw_scene(["red cat", "blue cat"], ["grey wall"], 96, np.random.default_rng(index), spans=(0.9, 0.9))
+        rng = np.random.default_rng(index)
+        _, before = draw_scene(["red cat", "blue cat"], ["grey wall"], 96, rng, spans=(0.9, 0.9))
         assert (layers[layers < 3] == before[layers < 3]).all()
 
 

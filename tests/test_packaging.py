@@ -180,10 +180,11 @@ def test_parameters_are_typed_and_explained(notebook):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
 def test_recipes_have_only_known_keys(recipe):
-    """A recipe named after a notebook of nbs/runs sets that notebook's parameters, any other one is a Recipe."""
-    notebook = ROOT / "nbs/runs" / f"{recipe.stem}.ipynb"
-    if notebook.exists():
-        known = {statement.target.id for statement in ast.parse(parameters_cell(notebook)).body}
+    """A recipe named after a notebook of nbs/runs (or folder_name after it) sets its parameters, others are a Recipe."""
+    names = (recipe.stem, f"{recipe.parent.name}_{recipe.stem}")
+    notebooks = [path for name in names if (path := ROOT / "nbs/runs" / f"{name}.ipynb").exists()]
+    if notebooks:
+        known = {statement.target.id for statement in ast.parse(parameters_cell(notebooks[0])).body}
         assert set(yaml.safe_load(recipe.read_text())) <= known
     else:
         module = pytest.importorskip("sptseg.recipe", reason="sptseg.recipe does not exist yet")
