@@ -180,7 +180,7 @@ def test_parameters_are_typed_and_explained(notebook):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
 def test_recipes_have_only_known_keys(recipe):
-    """A recipe named after a notebook of nbs/runs (or folder_name after it) sets its parameters, others are a Recipe."""
+    """A recipe whose name (or folder_name) is a notebook of nbs/runs sets its parameters, any other is a Recipe."""
     names = (recipe.stem, f"{recipe.parent.name}_{recipe.stem}")
     notebooks = [path for name in names if (path := ROOT / "nbs/runs" / f"{name}.ipynb").exists()]
     if notebooks:
