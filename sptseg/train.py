@@ -203,7 +203,7 @@ def load_checkpoint(
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path}: damaged checkpoint ({problem}); delete it to start again") from None
 
-# %% ../nbs/92_train.ipynb #216f175a
+# %% ../nbs/92_train.ipynb #84183679
 class Run:
     """The state of one training run in one process."""
 
@@ -215,6 +215,7 @@ class Run:
         progress: bool = True,  # whether to show progress bars
     ):
         self.recipe, self.out, self.accelerator = recipe, out, accelerator
+        self.origin = provenance()  # now: the checkout may change while the run goes on
         self.progress = progress and accelerator.is_main_process
         self.benchmark, clip, text = load_parts(recipe)
         self.text = text.to(accelerator.device)
@@ -285,7 +286,7 @@ def record(
     if (done % recipe.checkpoint_every == 0 or finished) and run.accelerator.is_main_process:
         save_checkpoint(run.out, done, run.segmenter, run.optimiser, run.history)
 
-# %% ../nbs/92_train.ipynb #7928f3cd
+# %% ../nbs/92_train.ipynb #7687f7d6
 def make_accelerator(
     recipe: Recipe,
     out: Path,  # folder of the run; TensorBoard events go to its subfolder "tensorboard"
@@ -320,7 +321,7 @@ def finish(
         "device": str(run.accelerator.device),
         "trained_values": sum(tensor.numel() for tensor in run.segmenter.trained_tensors().values()),
         "history": run.history,
-        **provenance(),
+        **run.origin,
     }
     save_json(run.out / RESULTS, results)
     return results
