@@ -38,7 +38,7 @@ install: $(STAMP) ## make .venv unless an environment is active, and install spt
 demo: $(STAMP) ## train ZegCLIP and SPT-SEG on the built-in benchmark, compare them (SEEDS=0,1,2: three times)
 	@mkdir -p $(DEMO)
 	$(PY) -m papermill --log-output --no-progress-bar nbs/runs/demo.ipynb $(DEMO)/demo.ipynb -f nbs/experiments/demo/demo.yaml \
-		-y '{seeds: [$(SEEDS)], command: make demo SEEDS="$(SEEDS)"}'
+		-y '{seeds: [$(SEEDS)], command: "make demo SEEDS=$(SEEDS)"}'
 	@echo "executed notebook: $(DEMO)/demo.ipynb"
 	@find $(DEMO) -name '*.png' | sort | sed 's/^/figure: /'
 

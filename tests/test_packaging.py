@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -189,3 +190,10 @@ def test_recipes_have_only_known_keys(recipe):
     else:
         module = pytest.importorskip("sptseg.recipe", reason="sptseg.recipe does not exist yet")
         module.load_recipe(recipe)
+
+
+def test_make_demo_passes_all_its_seeds():
+    dry = subprocess.run(["make", "-n", "demo", "SEEDS=0,1,2"], cwd=ROOT, capture_output=True, text=True, check=True)
+    words = shlex.split(next(line for line in dry.stdout.replace("\\\n", " ").splitlines() if "papermill" in line))
+    parameters = yaml.safe_load(words[words.index("-y") + 1])
+    assert parameters == {"seeds": [0, 1, 2], "command": "make demo SEEDS=0,1,2"}
