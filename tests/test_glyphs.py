@@ -143,5 +143,5 @@ def test_the_tiny_clip_recognises_things_it_has_not_been_shown_here():
         names = clip.encode_text(tokenizer([caption([name]) for name in THING_NAMES]), normalize=True)
         for count in (1, 2):
             answer = (image_vectors(clip, pool.pictures, count)[0] @ names.T).argmax(1)
-            assert pool.named[torch.arange(100), answer].float().mean() > 0.75
+            assert pool.named[torch.arange(100), answer].float().mean() > 0.85
     assert (folder / "model.safetensors").stat().st_size <= 16 * 2**20
