@@ -35,11 +35,10 @@ help: ## list the targets
 install: $(STAMP) ## make .venv unless an environment is active, and install sptseg with its tools
 	@echo "sptseg is installed in $(ENV)"
 
-# the demo's matrices are so small that a second thread costs more than it brings
-demo: export OMP_NUM_THREADS ?= 1
+# one thread: the demo's matrices are so small that a second one costs more than it brings
 demo: $(STAMP) ## train ZegCLIP and SPT-SEG on the built-in benchmark, compare them (SEEDS=0,1,2: three times)
 	@mkdir -p $(DEMO)
-	$(PY) -m papermill --log-output --no-progress-bar nbs/runs/demo.ipynb $(DEMO)/demo.ipynb -f nbs/experiments/demo/demo.yaml \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m papermill --log-output --no-progress-bar nbs/runs/demo.ipynb $(DEMO)/demo.ipynb -f nbs/experiments/demo/demo.yaml \
 		-y '{seeds: [$(SEEDS)], command: "make demo SEEDS=$(SEEDS)"}'
 	@echo "executed notebook: $(DEMO)/demo.ipynb"
 	@find $(DEMO) -name '*.png' | sort | sed 's/^/figure: /'
