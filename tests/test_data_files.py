@@ -1,0 +1,337 @@
+"""Reading pictures, masks and lists: exactly what the files hold, or an error that names the file."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+from torch.utils.data import DataLoader
+
+from sptseg.core import IGNORE, UserError
+from sptseg.data.files import FileSamples, read_mask, read_names, read_picture
+from sptseg.splits import LabelSet, load_label_set, raw_lookup
+
+SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples"
+needs_samples = pytest.mark.skipif(not SAMPLES.exists(), reason="sample pictures and masks are not here")
+PALETTE = list(np.random.default_rng(1).integers(0, 256, 768))
+COCO_GAPS = {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}  # data set's ids without a class in the 171
+
+
+def noise(height=20, width=30, channels=3, high=256, seed=0):
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return np.random.default_rng(seed).integers(0, high, shape, dtype=np.uint8)
+
+
+def refusal(function, *arguments):
+    with pytest.raises(UserError) as error:
+        function(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    Image.fromarray(noise()).save(tmp_path / "a.png")
+    Image.fromarray(noise(channels=1, high=4)).save(tmp_path / "a_mask.png")
+    return tmp_path / "a.png", tmp_path / "a_mask.png"
+
+
+def voc_colours():
+    "VOC's colour map: bits 0, 1, 2 of the number are the highest bits of R, G, B, bits 3, 4, 5 the next ones."
+    numbers = np.arange(256)
+    colours = [sum(((numbers >> (3 * level + c)) & 1) << (7 - level) for level in range(3)) for c in range(3)]
+    return np.stack(colours, 1)
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "CMYK", "1"])
+def test_pictures_of_every_kind_become_rgb(tmp_path, mode):
+    array = noise()
+    picture = Image.fromarray(array).convert(mode)
+    file = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    picture.save(file)
+    read = read_picture(file)
+    assert read.shape == (3, 20, 30) and read.dtype == torch.uint8 and read.is_contiguous()
+    if mode in ("RGB", "RGBA"):
+        assert np.array_equal(read.permute(1, 2, 0), array)
+    if mode in ("L", "LA"):
+        assert torch.equal(read[0], read[1]) and np.array_equal(read[2], np.asarray(picture.convert("L")))
+
+
+def test_transparent_palettes_are_read_without_a_warning(tmp_path, recwarn):
+    picture = Image.fromarray(noise(channels=1)).convert("P")
+    picture.putpalette(PALETTE)
+    picture.save(tmp_path / "x.png", transparency=bytes(range(256)))
+    colours = np.array(PALETTE).reshape(256, 3)[noise(channels=1)]
+    assert np.array_equal(read_picture(tmp_path / "x.png").permute(1, 2, 0), colours) and not recwarn
+
+
+def test_a_rotation_in_the_exif_data_is_not_applied(tmp_path):
+    note = Image.Exif()
+    note[0x0112] = 6
+    Image.fromarray(noise()).save(tmp_path / "x.jpg", exif=note, quality=100)
+    Image.fromarray(noise()).save(tmp_path / "y.jpg", quality=100)
+    assert torch.equal(read_picture(tmp_path / "x.jpg"), read_picture(tmp_path / "y.jpg"))
+
+
+@pytest.mark.parametrize("reader", [read_picture, read_mask])
+def test_what_is_no_picture_is_named(tmp_path, reader):
+    page, empty = tmp_path / "page.png", tmp_path / "empty.png"
+    page.write_text("<html>not found</html>")
+    empty.touch()
+    for path, reason in [(page, "is not a picture"), (empty, "is empty"), (tmp_path / "no.png", "No such file")]:
+        text = refusal(reader, path)
+        assert text.startswith(f"{path}: ") and reason in text and "0x" not in text
+    assert refusal(reader, tmp_path).startswith(f"{tmp_path}: cannot be read")
+
+
+@pytest.mark.parametrize("tolerant", [False, True])
+@pytest.mark.parametrize(("ending", "reader"), [("jpg", read_picture), ("png", read_picture), ("png", read_mask)])
+def test_truncated_files_are_refused_even_if_pillow_was_told_to_bear_them(
+    tmp_path, monkeypatch, ending, reader, tolerant
+):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", tolerant)
+    file = tmp_path / f"x.{ending}"
+    Image.fromarray(noise(200, 200, channels=1 if reader is read_mask else 3, high=9)).save(file)
+    content, whole = file.read_bytes(), reader(file)
+    for share in (0.1, 0.5, 0.9, 0.99):
+        file.write_bytes(content[: int(len(content) * share)])
+        assert refusal(reader, file).startswith(f"{file}: is ")
+    file.write_bytes(content)
+    assert torch.equal(reader(file), whole) and ImageFile.LOAD_TRUNCATED_IMAGES is tolerant
+
+
+def test_a_flipped_bit_of_a_mask_is_noticed(pair):
+    content, whole = pair[1].read_bytes(), read_mask(pair[1])
+    unnoticed = []
+    for index in range(len(content)):
+        pair[1].write_bytes(content[:index] + bytes([content[index] ^ 16]) + content[index + 1 :])
+        try:
+            unnoticed.append(torch.equal(read_mask(pair[1]), whole))
+        except UserError:
+            continue
+    assert all(unnoticed) and len(unnoticed) < len(content) / 10
+
+
+def test_pictures_of_16_bits_are_refused(tmp_path):
+    Image.fromarray(noise(channels=1).astype(np.uint16) * 200).save(tmp_path / "x.png")
+    assert "16 bits or more" in refusal(read_picture, tmp_path / "x.png")
+
+
+# Masks
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_palette_masks_keep_their_indices(tmp_path, bits):
+    numbers = noise(channels=1, high=2**bits)
+    mask = Image.fromarray(numbers).convert("P")
+    mask.putpalette(PALETTE)
+    mask.save(tmp_path / "x.png", bits=bits)
+    assert (tmp_path / "x.png").read_bytes()[24] == bits
+    assert np.array_equal(read_mask(tmp_path / "x.png"), numbers)
+
+
+def test_grey_masks_keep_their_numbers(tmp_path):
+    numbers = noise(channels=1)
+    Image.fromarray(numbers).save(tmp_path / "x.png")
+    read = read_mask(tmp_path / "x.png")
+    assert read.dtype == torch.uint8 and np.array_equal(read, numbers)
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"),
+    [
+        ("RGB", "(3 channels)"),
+        ("RGBA", "(4 channels)"),
+        ("LA", "(2 channels)"),
+        ("1", "1-bit grey"),
+        ("I;16", "16 bits"),
+    ],
+)
+def test_masks_with_colours_or_other_depths_are_refused(tmp_path, mode, reason):
+    numbers = noise(channels=1, high=4)
+    image = Image.fromarray(numbers.astype(np.uint16)) if mode == "I;16" else Image.fromarray(numbers).convert(mode)
+    image.save(tmp_path / "x.png")
+    text = refusal(read_mask, tmp_path / "x.png")
+    assert text.startswith(f"{tmp_path / 'x.png'}: ") and reason in text and "8-bit" in text
+
+
+def test_grey_masks_of_few_bits_would_be_stretched_and_are_refused(tmp_path):
+    numbers = noise(channels=1, high=4)
+    Image.fromarray(numbers).save(tmp_path / "x.png", bits=4)
+    assert not np.array_equal(np.asarray(Image.open(tmp_path / "x.png")), numbers), "Pillow multiplies by 17"
+    assert "4-bit grey" in refusal(read_mask, tmp_path / "x.png")
+
+
+def test_masks_in_other_formats_are_refused(tmp_path):
+    Image.fromarray(noise(channels=1, high=4)).save(tmp_path / "x.jpg")
+    (tmp_path / "x.png").write_bytes((tmp_path / "x.jpg").read_bytes())  # the ending does not decide
+    for file in ("x.jpg", "x.png"):
+        assert "is not a PNG file" in refusal(read_mask, tmp_path / file)
+
+
+# Lists
+
+
+def test_lists_are_read_in_order_whatever_the_line_ends(tmp_path):
+    file = tmp_path / "train.txt"
+    for content in (b"b\na\n", b"b\r\n\r\na", "\ufeffb\n  a  \n\n".encode()):
+        file.write_bytes(content)
+        assert read_names(file) == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty"),
+        (b"\n \n", "no names"),
+        (b"a\nb\na\n", "'a' is listed twice"),
+        (b"a -1\n", "'a -1'"),
+        (b"\xff\xfe", "text"),
+    ],
+)
+def test_lists_that_are_none_are_refused(tmp_path, content, reason):
+    file = tmp_path / "train.txt"
+    file.write_bytes(content)
+    text = refusal(read_names, file)
+    assert text.startswith(f"{file}: ") and reason in text
+
+
+def test_a_missing_list_is_named(tmp_path):
+    assert refusal(read_names, tmp_path / "train.txt").startswith(f"{tmp_path / 'train.txt'}: cannot be read")
+
+
+# The dataset
+
+
+def test_samples_are_the_files(pair):
+    image, mask, name = FileSamples(images=[pair[0]], masks=[pair[1]])[0]
+    assert torch.equal(image, read_picture(pair[0])) and torch.equal(mask, read_mask(pair[1])) and name == "a"
+
+
+def test_lookup_is_applied(pair):
+    lookup = raw_lookup(LabelSet("own", ("x", "y", "z"), raw_gaps=(1,)))
+    mask = FileSamples(images=[pair[0]], masks=[pair[1]], lookup=lookup)[0].mask
+    expected = np.select([noise(channels=1, high=4) == k for k in range(4)], [0, IGNORE, 1, 2])
+    assert np.array_equal(mask, expected)
+
+
+def test_missing_files_are_counted_and_the_first_is_named(pair):
+    folder = pair[0].parent
+    images, masks = [folder / f"{name}.png" for name in "abc"], [pair[1]] * 3
+    text = refusal(lambda: FileSamples(images=images, masks=masks))
+    assert text.startswith(f"{folder / 'b.png'}: this picture does not exist (2 of 3 pictures missing)")
+    gone = folder / "nowhere" / "a.png"
+    text = refusal(lambda: FileSamples(images=[pair[0]], masks=[gone]))
+    assert text.startswith(f"{gone}: this mask does not exist")
+    with pytest.raises(ValueError, match="3 pictures, but 1 masks"):
+        FileSamples(images=images, masks=[pair[1]])
+
+
+def test_different_sizes_name_both_files_and_sizes(pair):
+    Image.fromarray(noise(20, 31)).save(pair[0])
+    text = refusal(FileSamples(images=[pair[0]], masks=[pair[1]]).__getitem__, 0)
+    assert f"{pair[0]} is 31×20" in text and f"{pair[1]} is 30×20" in text and "EXIF" not in text
+    Image.fromarray(noise(30, 20)).save(pair[0])
+    assert "EXIF" in refusal(FileSamples(images=[pair[0]], masks=[pair[1]]).__getitem__, 0)
+
+
+def test_a_label_outside_the_class_list_names_the_mask_file(pair):
+    lookup = raw_lookup(LabelSet("own", ("x", "y", "z")))
+    text = refusal(FileSamples(images=[pair[0]], masks=[pair[1]], lookup=lookup).__getitem__, 0)
+    assert text.startswith(f"{pair[1]}: label 3 is outside the class list (0..2 and 255)")
+
+
+def test_loader_workers_read_the_same(pair):
+    data = FileSamples(images=[pair[0]] * 4, masks=[pair[1]] * 4, lookup=raw_lookup(LabelSet("own", tuple("wxyz"))))
+    loader = DataLoader(data, num_workers=2, batch_size=None, multiprocessing_context="spawn")
+    assert all(torch.equal(sample.mask, data[0].mask) and sample.name == "a" for sample in loader)
+
+
+def test_a_hundred_thousand_entries_are_light(tmp_path):
+    for index in range(1000):
+        (tmp_path / f"{index:06d}.png").touch()
+    paths = sorted(tmp_path.iterdir()) * 100
+    data = FileSamples(images=paths, masks=paths)
+    assert len(data) == 100_000 and len(pickle.dumps(data)) < 20e6
+
+
+# Real samples
+
+
+@needs_samples
+def test_voc_masks_lose_background_and_void_border():
+    labels, colours = load_label_set("voc"), voc_colours()
+    masks = sorted((SAMPLES / "voc2012/SegmentationClass").glob("*.png"))
+    images = [SAMPLES / "voc2012/JPEGImages" / f"{mask.stem}.jpg" for mask in masks]
+    data = FileSamples(images=images, masks=masks, lookup=raw_lookup(labels))
+    for path, sample in zip(masks, data, strict=False):
+        painted = np.asarray(Image.open(path).convert("RGB"))  # from the colours, not from the indices
+        expected = np.full(painted.shape[:2], IGNORE)
+        for index in range(20):
+            expected[(painted == colours[index + 1]).all(2)] = index
+        assert np.array_equal(sample.mask, expected) and sample.image.shape[1:] == sample.mask.shape
+        assert (read_mask(path) == IGNORE).any() and len(sample.mask.unique()) > 1, "void border, and a class"
+    names = {labels.classes[c] for c in data[[m.stem for m in masks].index("2011_000006")].mask.unique() if c != IGNORE}
+    assert names == {"chair", "person", "sofa"}
+
+
+@needs_samples
+def test_sbd_masks_have_no_void_border():
+    labels = load_label_set("voc")
+    folder = SAMPLES / "voc2012"
+    found = {}
+    for path in sorted((folder / "SegmentationClassAug").glob("*.png")):
+        data = FileSamples(images=[folder / f"JPEGImages/{path.stem}.jpg"], masks=[path], lookup=raw_lookup(labels))
+        mask, raw = data[0].mask, read_mask(path)
+        assert IGNORE not in raw and torch.equal(mask == IGNORE, raw == 0)
+        found[path.stem] = {labels.classes[c] for c in mask.unique() if c != IGNORE}
+    assert found == {"2008_007586": {"cow", "person"}, "2009_001196": {"horse"}, "2010_000743": {"train"}}
+
+
+@needs_samples
+def test_coco_raw_masks_close_their_gaps():
+    labels, seen = load_label_set("coco-stuff"), set()
+    kept = np.array([number for number in range(182) if number not in COCO_GAPS])
+    masks = sorted((SAMPLES / "cocostuff164k/annotations").rglob("*.png"))
+    images = [Path(str(mask).replace("annotations", "images")).with_suffix(".jpg") for mask in masks]
+    for path, sample in zip(masks, FileSamples(images=images, masks=masks, lookup=raw_lookup(labels)), strict=False):
+        raw = np.asarray(Image.open(path))
+        expected = np.where(raw == IGNORE, IGNORE, np.searchsorted(kept, raw))
+        assert np.array_equal(sample.mask, expected) and not set(np.unique(raw)) & COCO_GAPS
+        seen |= set(sample.mask.unique().tolist())
+    assert len(masks) == 17 and len(seen - {IGNORE}) > 50 and max(seen - {IGNORE}) < 171
+
+
+CONTEXT = {
+    "2008_008376": "bird grass ground water wood",
+    "2009_000637": "background motorbike person grass ground sky",
+    "2010_000682": "background bus car person building grass light road sidewalk sky tree",
+    "2010_003321": "table dog person cloth floor wall",
+}
+
+
+@needs_samples
+@pytest.mark.parametrize("stem", CONTEXT)
+def test_context_masks_by_name_and_by_colour(stem):
+    folder, colours = SAMPLES / "pascal_context", voc_colours()
+    files = dict(images=[folder / f"JPEGImages/{stem}.jpg"], masks=[folder / f"derived_index_59order/{stem}.png"])
+    for name in ("context-60", "context-59"):
+        labels = load_label_set(name)
+        mask = FileSamples(**files, lookup=raw_lookup(labels))[0].mask
+        names = {labels.classes[c] for c in mask.unique() if c != IGNORE}
+        assert names == set(CONTEXT[stem].split()) - ({"background"} if name == "context-59" else set())
+        painted = torch.from_numpy(colours)[(mask.int() + (name == "context-59")) % 256]
+        original = np.asarray(Image.open(folder / f"SegmentationClassContext/{stem}.png"))
+        assert np.array_equal(painted[mask != IGNORE], original[mask != IGNORE])
+        assert not original[(mask == IGNORE).numpy()].any(), "black is background"
+
+
+@needs_samples
+def test_coloured_context_masks_are_refused():
+    path = SAMPLES / "pascal_context/SegmentationClassContext/2008_008376.png"
+    assert str(path) in refusal(read_mask, path) and "3 channels" in refusal(read_mask, path)
