@@ -232,6 +232,12 @@ def test_missing_files_are_counted_and_the_first_is_named(pair):
         FileSamples(images=images, masks=[pair[1]])
 
 
+def test_paths_without_a_folder_are_looked_for_here(pair, monkeypatch):
+    monkeypatch.chdir(pair[0].parent)
+    assert FileSamples(images=["a.png"], masks=[Path("a_mask.png")])[0].name == "a"
+    assert refusal(lambda: FileSamples(images=["b.png"], masks=["a_mask.png"])).startswith("b.png: ")
+
+
 def test_different_sizes_name_both_files_and_sizes(pair):
     Image.fromarray(noise(20, 31)).save(pair[0])
     text = refusal(FileSamples(images=[pair[0]], masks=[pair[1]]).__getitem__, 0)
@@ -248,14 +254,14 @@ def test_a_label_outside_the_class_list_names_the_mask_file(pair):
 
 def test_loader_workers_read_the_same(pair):
     data = FileSamples(images=[pair[0]] * 4, masks=[pair[1]] * 4, lookup=raw_lookup(LabelSet("own", tuple("wxyz"))))
-    loader = DataLoader(data, num_workers=2, batch_size=None, multiprocessing_context="spawn")
+    loader = DataLoader(data, num_workers=2, batch_size=None)
     assert all(torch.equal(sample.mask, data[0].mask) and sample.name == "a" for sample in loader)
 
 
 def test_a_hundred_thousand_entries_are_light(tmp_path):
-    for index in range(1000):
+    for index in range(100):
         (tmp_path / f"{index:06d}.png").touch()
-    paths = sorted(tmp_path.iterdir()) * 100
+    paths = sorted(tmp_path.iterdir()) * 1000
     data = FileSamples(images=paths, masks=paths)
     assert len(data) == 100_000 and len(pickle.dumps(data)) < 20e6
 

@@ -117,14 +117,16 @@ def read_names(
         raise UserError(f"{path}: {twice!r} is listed twice; list each picture once")
     return names
 
-# %% ../../nbs/83_data.files.ipynb #925e2634
+# %% ../../nbs/83_data.files.ipynb #a6d60d1c
 def check_present(
     paths: Sequence[Path],  # files that should exist
     what: str,  # "picture" or "mask", for the message
 ) -> None:
     """Raise a `UserError` that names the first missing file and counts the others."""
-    listings = {parent: set(os.listdir(parent)) if parent.is_dir() else set() for parent in {p.parent for p in paths}}
-    if missing := [path for path in paths if path.name not in listings[path.parent]]:
+    splits = [os.path.split(path) for path in paths]  # strings: quicker than paths, where there are 118,287
+    listings = {folder: set(os.listdir(folder or ".")) for folder in {s[0] for s in splits} if Path(folder).is_dir()}
+    found = [name in listings.get(folder, ()) for folder, name in splits]
+    if missing := [path for path, here in zip(paths, found, strict=True) if not here]:
         count = f"{len(missing):,} of {len(paths):,} {what}s missing"
         raise UserError(f"{missing[0]}: this {what} does not exist ({count}); put it there, or leave its partner out")
 
