@@ -204,7 +204,7 @@ def read_encoder(
     fill(encoder, tensors)
     return encoder.eval()
 
-# %% ../nbs/61_interop.ipynb #ee09f082
+# %% ../nbs/61_interop.ipynb #039a7a84
 def read_decoder(
     translation: Translation,
     *,
@@ -229,12 +229,13 @@ def read_segmenter(
     translation = translate_state(state)
     encoder = read_encoder(translation, heads=heads)
     decoder = read_decoder(translation, heads=decoder_heads)
+    prompted = len(encoder.deep_prompts.embeddings)
     config = SegmenterConfig(
         decoder=translation.decoder,
         decoder_layers=translation.decoder_layers,
         spectral_blocks=f"1-{len(encoder.spectral_blocks)}" if encoder.spectral_blocks else "",
         num_prompts=encoder.deep_prompts.embeddings.shape[1],
-        prompted_blocks=len(encoder.deep_prompts.embeddings),
+        prompted_blocks=None if prompted == len(encoder.visual.transformer.resblocks) else prompted,  # None: all
         image_size=image_size,
     )
     return Segmenter(encoder=encoder, decoder=decoder, config=config).eval(), translation.left_out
