@@ -302,7 +302,8 @@ def test_interrupted_conversion_leaves_whole_files_and_no_process(tmp_path, send
     process = start(tmp_path, CONVERT)
     wait_for(lambda: len(list((tmp_path / "out").glob("[!.]*"))) > 20)
     send[1](process.pid, send[0])  # Ctrl-C in a terminal reaches the whole group
-    process.communicate(timeout=30)
+    _, said = process.communicate(timeout=30)
+    assert "SpawnProcess" not in said, "workers end quietly"
     pids = [file.name for file in (tmp_path / "pids").iterdir()]
     assert len(pids) == 2 and str(process.pid) not in pids
     wait_for(lambda: not any(map(running, pids)), seconds=20)

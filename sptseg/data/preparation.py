@@ -467,7 +467,7 @@ def start_worker() -> None:
 
     threading.Thread(target=follow_parent, daemon=True).start()
 
-# %% ../../nbs/84_data.preparation.ipynb #b6eb5e74
+# %% ../../nbs/84_data.preparation.ipynb #aa6e225a
 def run_chunk(
     function: Callable[..., object],
     jobs: Sequence[tuple],  # arguments of each call; the first one is a file
@@ -481,7 +481,7 @@ def run_chunk(
         except Exception as error:
             reason = " ".join(str(error).split())
             reason = reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"
-            problems.append(reason if reason.startswith(str(job[0])) else f"{job[0]}: {reason}")
+            problems.append(reason if reason.startswith(tuple(map(str, job))) else f"{job[0]}: {reason}")
     return problems
 
 # %% ../../nbs/84_data.preparation.ipynb #7bce29a3
