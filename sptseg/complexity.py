@@ -153,13 +153,14 @@ def elementwise_rule(
 
     return rule
 
-# %% ../nbs/64_complexity.ipynb #6fb676f4
+# %% ../nbs/64_complexity.ipynb #a69db6c6
 ELEMENTWISE = "add add_ sub sub_ rsub mul mul_ div neg pow sqrt sigmoid relu clamp clamp_min".split()
 RULES = {
     "aten::scaled_dot_product_attention": attention_rule,
     "aten::fft_rfft2": fourier_rule,
     "aten::fft_irfft2": fourier_rule,
     "aten::softmax": elementwise_rule(5),
+    "aten::gelu": elementwise_rule(5),  # scale, error function, sum, two products
     "aten::cosine_similarity": elementwise_rule(6, of_input=True),  # a dot product and two squared lengths
     **{f"aten::{name}": elementwise_rule() for name in ELEMENTWISE},
     **{f"aten::{name}": elementwise_rule(of_input=True) for name in ("sum", "mean", "linalg_vector_norm")},
@@ -359,7 +360,7 @@ def random_pictures(
         pairs.append(pair)
     return FileSamples(images=[image for image, _ in pairs], masks=[mask for _, mask in pairs])
 
-# %% ../nbs/64_complexity.ipynb #14ccc70b
+# %% ../nbs/64_complexity.ipynb #5332a8d6
 def train_step(
     model: Segmenter,
     optimiser: torch.optim.Optimizer,
@@ -398,9 +399,9 @@ def measure_training(
     waiting, working = np.array(waiting[skipped:]), np.array(working[skipped:])
     total = waiting.sum() + working.sum()
     return {
-        "images/s": pictures * len(working) / total,
-        "seconds per iteration": total / len(working),
-        "share of time waiting for data": waiting.sum() / total,
+        "images/s": pictures * len(working) / float(total),
+        "seconds per iteration": float(total / len(working)),
+        "share of time waiting for data": float(waiting.sum() / total),
         "iterations": len(working),
         "last loss": loss,
     }
