@@ -141,8 +141,8 @@ def test_what_is_missing_is_made_again_and_nothing_else(root, complete):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_and_run_again(tmp_path, workers):
     names = {"train2017": [f"{number:012d}" for number in range(1, 401)], "val2017": NAMES["val2017"]}
-    masks = {f"{f}/{name}": drawn(name, (240, 320))[1] for f, listed in names.items() for name in listed}
-    root, picture = tmp_path / "cocostuff", encoded(np.zeros((240, 320, 3), np.uint8), "jpeg")
+    masks = {f"{f}/{name}": drawn(name, (160, 200))[1] for f, listed in names.items() for name in listed}
+    root, picture = tmp_path / "cocostuff", encoded(np.zeros((160, 200, 3), np.uint8), "jpeg")
     for folder, listed in names.items():
         write_zip(root / f"{folder}.zip", {f"{folder}/{name}.jpg": picture for name in listed})
     write_zip(root / MASKS.name, {f"{name}.png": encoded(mask) for name, mask in masks.items()})

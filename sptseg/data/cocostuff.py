@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['COUNTS', 'ZIPS', 'STUFF', 'PICTURES', 'MASKS_NAME', 'MASKS', 'SUFFIX', 'COMMAND', 'place', 'list_names', 'raw_table',
-           'convert_mask', 'check_split', 'find_pairs', 'cocostuff_samples', 'count_masks', 'needed_archives',
-           'unpack_archives', 'convert_masks', 'check_mask', 'prepare_cocostuff']
+           'convert_mask', 'check_split', 'find_pairs', 'id_table', 'cocostuff_samples', 'count_masks',
+           'needed_archives', 'unpack_archives', 'convert_masks', 'check_mask', 'prepare_cocostuff']
 
-# %% ../../nbs/86_data.cocostuff.ipynb #7d32c236
+# %% ../../nbs/86_data.cocostuff.ipynb #8984185a
 import os
 import re
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -96,7 +97,7 @@ def convert_mask(
         )
     replace_file(target, lambda temporary: Image.fromarray(ids.numpy()).save(temporary, format="png"))
 
-# %% ../../nbs/86_data.cocostuff.ipynb #214c576d
+# %% ../../nbs/86_data.cocostuff.ipynb #56404e13
 def check_split(
     split: str,
 ) -> None:
@@ -121,13 +122,18 @@ def find_pairs(
     return [images / f"{name}.jpg" for name in names], [masks / f"{name}{SUFFIX}" for name in names]
 
 
+def id_table() -> Tensor:  # (256,) uint8: class ids and 255 as they are, everything else `INVALID`
+    """Which numbers a converted mask may hold."""
+    return label_lookup(load_label_set("coco-stuff"), "supervised")
+
+
 def cocostuff_samples(
     root: str | Path,  # the dataset's folder
     split: str,  # "train" or "val"
 ) -> FileSamples:  # in the order of picture numbers; masks hold class ids 0..170 and 255
     """The pictures and masks of a prepared dataset."""
     images, masks = find_pairs(Path(root), split, f"prepare the dataset with `{COMMAND} {root}`")
-    return FileSamples(images=images, masks=masks, lookup=label_lookup(load_label_set("coco-stuff"), "supervised"))
+    return FileSamples(images=images, masks=masks, lookup=id_table())
 
 # %% ../../nbs/86_data.cocostuff.ipynb #7ab53bcc
 def count_masks(
@@ -184,19 +190,20 @@ def convert_masks(
         jobs += [(folder / f"{name}.png", folder / f"{name}{SUFFIX}") for name in raw]
     return convert_files(jobs, convert_mask, workers=workers, description="convert masks", progress=progress)
 
-# %% ../../nbs/86_data.cocostuff.ipynb #ad7da613
+# %% ../../nbs/86_data.cocostuff.ipynb #e8b2687e
 def check_mask(
-    mask: Path,  # with class ids
+    mask: Path,
     picture: Path,  # that it belongs to
+    table: bytes,  # 256 bytes, what each number in the mask means; `INVALID` where none may be
 ) -> None:
-    """Refuse a mask of another size than its picture, and numbers that are no class id."""
+    """Refuse a mask of another size than its picture, and numbers without meaning."""
     numbers = read_mask(mask)
     with Image.open(picture) as opened:  # reads the size only
         width, height = opened.size
     if numbers.shape != (height, width):
         sizes = f"is {numbers.shape[1]}×{numbers.shape[0]}, but its picture {picture} {width}×{height}"
         raise UserError(f"{mask}: {sizes}; make both the same size")
-    remap_labels(numbers, label_lookup(load_label_set("coco-stuff"), "supervised"), str(mask))
+    remap_labels(numbers, torch.frombuffer(bytearray(table), dtype=torch.uint8), str(mask))
 
 
 def prepare_cocostuff(
@@ -208,7 +215,7 @@ def prepare_cocostuff(
     progress: bool = True,  # show bars
 ) -> dict[str, int]:  # split: number of pictures
     """Unpack, convert and check COCO-Stuff 164K; whatever is missing or wrong raises `UserError`."""
-    root, counts = Path(root), {}
+    root, counts, table = Path(root), {}, bytes(id_table().tolist())
     unpack_archives(root, download=download, partial=partial, progress=progress)
     convert_masks(root, workers=workers, progress=progress)
     for split, expected in COUNTS.items():
@@ -220,6 +227,6 @@ def prepare_cocostuff(
         check_count(f"{folder}: pictures", counts[split], expected, partial=partial, remedy=remedy)
         images, masks = find_pairs(root, split, f"get the complete {MASKS.name} and run again")
         check_pictures(images, workers=workers, progress=progress)
-        pairs = list(zip(masks, images, strict=True))
-        check_files(check_mask, pairs, workers=workers, description="check masks", progress=progress)
+        jobs = [(mask, image, table) for mask, image in zip(masks, images, strict=True)]
+        check_files(check_mask, jobs, workers=workers, description="check masks", progress=progress)
     return counts
