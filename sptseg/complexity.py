@@ -241,7 +241,7 @@ def conventions(
     complete = published + total["products"] + total["attention"] + total["Fourier"] + total["elementwise"]
     return pd.Series({"fvcore": fvcore, "published": published, "complete": complete})
 
-# %% ../nbs/64_complexity.ipynb #bb1f53c0
+# %% ../nbs/64_complexity.ipynb #89b91bb0
 def release_detours(
     model: Segmenter,
     num_classes: int,  # C
@@ -250,10 +250,12 @@ def release_detours(
     visual, config = model.encoder.visual, model.config
     width, joint = visual.conv1.out_channels, visual.output_dim
     patches, pixels = (config.image_size // visual.patch_size[0]) ** 2, config.image_size**2
+    selections = config.decoder_layers if config.decoder == "sgd" else 0
     return {
         "prompt tokens after the last block": config.num_prompts * (10 * width + width * joint),
         "masks resized to their own size": 4 * num_classes * (patches + pixels),
         "text × picture as a contraction": num_classes * joint // 2,
+        "cosine with the task token as a product": selections * patches * joint,
     }
 
 # %% ../nbs/64_complexity.ipynb #bd53aa89
