@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HARMLESS', 'NUMBER_TYPES', 'LEFT_OUT', 'load_plainly', 'read_checkpoint', 'check_variant', 'about_equal',
-           'first_difference', 'check_clip', 'check_config', 'method_of', 'check_grid', 'write_folder',
+           'first_difference', 'check_clip', 'check_config', 'method_of', 'check_grid', 'write_folder', 'count_reasons',
            'convert_checkpoint', 'summarise_conversion']
 
 # %% ../nbs/65_convert.ipynb #bfadd6e3
@@ -189,7 +189,19 @@ def write_folder(
             write_atomically(out / file.name, lambda temporary, file=file: shutil.copyfile(file, temporary))
     return out / "model.safetensors"
 
-# %% ../nbs/65_convert.ipynb #e84c2abd
+# %% ../nbs/65_convert.ipynb #ab305019
+def count_reasons(
+    encoder_tensors: int,  # weights of CLIP's image encoder
+    compared: bool,  # whether they were compared with CLIP
+    left_out: dict[str, str],  # unused weights by official name, with the reason
+    others: dict[str, str],  # entries beside the weights, with the reason
+) -> dict[str, int]:  # "which: why" → how many
+    """Group what is left out."""
+    reasons = Counter({f"backbone.*: CLIP's image encoder, {'' if compared else 'not '}compared": encoder_tensors})
+    reasons += Counter(f"{name.split('.')[0]}.*: {reason}" for name, reason in left_out.items())
+    return {**reasons, **{f"{name}: {reason}": 1 for name, reason in others.items()}}
+
+# %% ../nbs/65_convert.ipynb #a6505f79
 def convert_checkpoint(
     checkpoint: str | Path,  # .pth file of ZegCLIP or SPT-SEG
     out: str | Path,  # folder to write; `sptseg evaluate` takes it
@@ -205,8 +217,6 @@ def convert_checkpoint(
     model.config = check_config(model.config, recipe, checkpoint)
     encoder = part(translate_state(state).tensors, "encoder.visual.")
     compared = None if unchecked else check_clip(encoder, recipe, checkpoint)
-    reasons = Counter(f"backbone.*: CLIP's image encoder, {'' if compared else 'not '}compared" for _ in encoder)
-    reasons += Counter(f"{name.split('.')[0]}.*: {reason}" for name, reason in left_out.items())
     trained = model.trained_tensors()
     return {
         "checkpoint": str(checkpoint),
@@ -215,7 +225,7 @@ def convert_checkpoint(
         "compared with": compared,
         "tensors read": len(trained),
         "values read": sum(tensor.numel() for tensor in trained.values()),
-        "left out": {**reasons, **{f"{name}: {reason}": 1 for name, reason in others.items()}},
+        "left out": count_reasons(len(encoder), bool(compared), left_out, others),
         "weights": str(write_folder(Path(out), model, recipe)),
     }
 
