@@ -50,7 +50,7 @@ def vit_b_16() -> VisionTransformer:
     """An untrained image encoder of the papers' size."""
     return VisionTransformer(224, 16, 768, layers=12, heads=12, mlp_ratio=4, output_dim=512, act_layer=QuickGELU)
 
-# %% ../nbs/64_complexity.ipynb #5e9177bf
+# %% ../nbs/64_complexity.ipynb #acc951fe
 def leftover_modules(
     config: SegmenterConfig,
     width: int,  # d, width of the decoder
@@ -71,7 +71,7 @@ def leftover_modules(
     ]
     return {f"decode_head.decoder_1.layers.{index}.{name}": module for index, (name, module) in named}
 
-
+# %% ../nbs/64_complexity.ipynb #8f1b8613
 def count_values(
     module: nn.Module,
     trained: bool = False,  # count only what gets a gradient
@@ -79,7 +79,7 @@ def count_values(
     """Number of values in a module's parameters."""
     return sum(tensor.numel() for tensor in module.parameters() if tensor.requires_grad or not trained)
 
-# %% ../nbs/64_complexity.ipynb #d120636e
+# %% ../nbs/64_complexity.ipynb #872176c1
 class PictureScores(nn.Module):
     """A segmenter or `PlainCLIP`, up to the scores of every pixel."""
 
@@ -97,7 +97,7 @@ class PictureScores(nn.Module):
     ) -> Tensor:  # (B, C, H, W)
         return resize_masks(self.model(images, text), images.shape[-2:]).sigmoid()
 
-
+# %% ../nbs/64_complexity.ipynb #dc95e3d6
 class PlainCLIP(nn.Module):
     """CLIP's own answer on the patch grid, with nothing learned."""
 
@@ -115,7 +115,7 @@ class PlainCLIP(nn.Module):
         maps, _ = self.encoder(images)
         return (text @ maps.flatten(2)).unflatten(2, maps.shape[-2:])
 
-# %% ../nbs/64_complexity.ipynb #0a158abf
+# %% ../nbs/64_complexity.ipynb #b416eb64
 KINDS = ("products", "attention", "norms and resizing", "Fourier", "elementwise")
 FVCORE_KINDS = {"layer_norm": "norms and resizing", "upsample_bilinear2d": "norms and resizing"}  # others: products
 
@@ -139,7 +139,7 @@ def fourier_rule(inputs: list, outputs: list) -> Counter:
     real = max(shape_of(inputs[0]), shape_of(outputs[0]), key=math.prod)
     return Counter({"Fourier": round(2.5 * math.prod(real) * math.log2(real[1] * real[2]))})
 
-
+# %% ../nbs/64_complexity.ipynb #349c1323
 def elementwise_rule(
     per_value: int = 1,  # operations
     of_input: bool = False,  # whether the input's values count, as in a sum, and not the output's
@@ -178,7 +178,7 @@ FREE = {
     "broadcast_tensors",
 }
 
-# %% ../nbs/64_complexity.ipynb #c43fb525
+# %% ../nbs/64_complexity.ipynb #910c3ecc
 @contextmanager
 def unfused() -> Iterator[None]:
     """Make PyTorch's attention layers run as their parts, which counters know."""
@@ -189,7 +189,7 @@ def unfused() -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
 
-
+# %% ../nbs/64_complexity.ipynb #3e1dcf6a
 @contextmanager
 def filter_computed_before(
     model: nn.Module,
@@ -362,7 +362,7 @@ def random_pictures(
         pairs.append(pair)
     return FileSamples(images=[image for image, _ in pairs], masks=[mask for _, mask in pairs])
 
-# %% ../nbs/64_complexity.ipynb #5332a8d6
+# %% ../nbs/64_complexity.ipynb #39f0ca13
 def train_step(
     model: Segmenter,
     optimiser: torch.optim.Optimizer,
@@ -382,7 +382,7 @@ def train_step(
     optimiser.step()
     return loss.item()
 
-
+# %% ../nbs/64_complexity.ipynb #e5d7a83c
 def measure_training(
     step: Callable[[Tensor, Tensor], float],  # one iteration on a batch
     batches: Iterable,  # of images (B, 3, H, W), labels (B, H, W) and names
