@@ -66,7 +66,7 @@ def read_picture(
     picture.info.pop("transparency", None)
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
 
-# %% ../../nbs/83_data.files.ipynb #b579f704
+# %% ../../nbs/83_data.files.ipynb #7c30b203
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # colour type: channels. Types 0 and 4 are grey, 3 is a palette
 
@@ -87,7 +87,7 @@ def mask_problem(
         return f"is a {bits}-bit grey file, whose numbers readers stretch to 0..255; save the mask as 8-bit PNG"
     return ""
 
-
+# %% ../../nbs/83_data.files.ipynb #47833162
 def read_mask(
     path: str | Path,  # a PNG file of one channel, 8 bits, grey or palette
 ) -> Tensor:  # (H, W) uint8, the numbers in the file
@@ -117,7 +117,7 @@ def read_names(
         raise UserError(f"{path}: {twice!r} is listed twice; list each picture once")
     return names
 
-# %% ../../nbs/83_data.files.ipynb #a6d60d1c
+# %% ../../nbs/83_data.files.ipynb #65628e75
 def check_present(
     paths: Sequence[Path],  # files that should exist
     what: str,  # "picture" or "mask", for the message
@@ -130,7 +130,7 @@ def check_present(
         count = f"{len(missing):,} of {len(paths):,} {what}s missing"
         raise UserError(f"{missing[0]}: this {what} does not exist ({count}); put it there, or leave its partner out")
 
-
+# %% ../../nbs/83_data.files.ipynb #349efd12
 def check_same_size(
     image: Tensor,  # (3, H, W)
     mask: Tensor,  # (H, W)

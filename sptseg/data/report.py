@@ -28,7 +28,7 @@ from .transforms import Sample, check_sample
 from ..plots import COLOURS, colour_mask
 from ..splits import LabelSet, label_lookup, remap_labels
 
-# %% ../../nbs/95_data.report.ipynb #61048bcc
+# %% ../../nbs/95_data.report.ipynb #461af53d
 def evenly(
     count: int,  # how many there are
     wanted: int | None,  # how many to take; None: all
@@ -40,7 +40,7 @@ def evenly(
         raise UserError(f"pictures: {wanted} is too few; survey at least 1")
     return [index * count // wanted for index in range(wanted)]
 
-
+# %% ../../nbs/95_data.report.ipynb #45c2d13d
 class Counts(Dataset):
     """For each sample, the number of pixels of every label; runs in the loader's worker processes."""
 
@@ -127,14 +127,14 @@ def survey(
     example = np.where(shown.any(0), clearest, -1)
     return Survey(labels, len(data), pixels, shown.sum(0), example, ignored, sizes, problems)
 
-# %% ../../nbs/95_data.report.ipynb #14339b34
+# %% ../../nbs/95_data.report.ipynb #81f2ce61
 def listed(
     names: list[str],
 ) -> str:  # at most eight of them
     """Names in one line."""
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
-
+# %% ../../nbs/95_data.report.ipynb #2fd25931
 def class_warnings(
     found: Survey,
 ) -> Iterator[str]:  # one line each
@@ -176,14 +176,14 @@ def report_warnings(
     """Everything about a dataset that looks wrong."""
     return [*sample_warnings(found), *class_warnings(found)]
 
-# %% ../../nbs/95_data.report.ipynb #84a15d96
+# %% ../../nbs/95_data.report.ipynb #e3bc7591
 def common_sizes(
     found: Survey,
 ) -> list[tuple[tuple[int, int], int]]:  # ((width, height), number of pictures), commonest first
     """How often each size occurs."""
     return Counter((int(width), int(height)) for height, width in found.sizes).most_common()
 
-
+# %% ../../nbs/95_data.report.ipynb #4c1832e1
 def summary(
     found: Survey,
 ) -> dict:  # what `sptseg.core.save_json` can write; shares are between 0 and 1
@@ -204,7 +204,7 @@ def summary(
         "warnings": report_warnings(found),
     }
 
-# %% ../../nbs/95_data.report.ipynb #085b3778
+# %% ../../nbs/95_data.report.ipynb #01b8d284
 def class_table(
     found: Survey,
 ) -> list[str]:  # a heading, then a line for each class
@@ -215,7 +215,7 @@ def class_table(
     lines = [f"{c:>4}  {name:<{width}}  {share:>9.3%}  {count:>8,}" for c, (name, share, count) in enumerate(rows)]
     return [f"{'id':>4}  {'class':<{width}}  {'of labels':>9}  {'pictures':>8}", *lines]
 
-
+# %% ../../nbs/95_data.report.ipynb #6e0e6e43
 def report_text(
     found: Survey,
 ) -> str:  # several lines
@@ -322,7 +322,7 @@ def show_ignored(
     axis.set(xlabel="% of its pixels without a label", ylabel="pictures", xlim=(0, 100))
     axis.set_title(f"ignored: {found.ignored_share:.1%} of all pixels")
 
-# %% ../../nbs/95_data.report.ipynb #df1df733
+# %% ../../nbs/95_data.report.ipynb #77fa0d47
 def pick_examples(
     found: Survey,
     count: int,  # how many pictures
@@ -337,7 +337,7 @@ def pick_examples(
         pictures.setdefault(int(found.example[c]), c)
     return [(c, index) for index, c in pictures.items()][:count]
 
-
+# %% ../../nbs/95_data.report.ipynb #c1e0b7b2
 def show_warnings(
     axis: Axes,
     found: Survey,
