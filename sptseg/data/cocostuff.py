@@ -97,7 +97,7 @@ def convert_mask(
         )
     replace_file(target, lambda temporary: Image.fromarray(ids.numpy()).save(temporary, format="png"))
 
-# %% ../../nbs/86_data.cocostuff.ipynb #56404e13
+# %% ../../nbs/86_data.cocostuff.ipynb #556942e3
 def check_split(
     split: str,
 ) -> None:
@@ -121,7 +121,7 @@ def find_pairs(
         raise UserError(f"{masks / alone[0]}{SUFFIX}: this mask does not exist ({count}); {remedy}")
     return [images / f"{name}.jpg" for name in names], [masks / f"{name}{SUFFIX}" for name in names]
 
-
+# %% ../../nbs/86_data.cocostuff.ipynb #a2ce586d
 def id_table() -> Tensor:  # (256,) uint8: class ids and 255 as they are, everything else `INVALID`
     """Which numbers a converted mask may hold."""
     return label_lookup(load_label_set("coco-stuff"), "supervised")
@@ -159,7 +159,7 @@ def needed_archives(
             needed.append(archive)
     return needed
 
-# %% ../../nbs/86_data.cocostuff.ipynb #883880e9
+# %% ../../nbs/86_data.cocostuff.ipynb #3a48b6dc
 def unpack_archives(
     root: Path,  # the dataset's folder
     *,
@@ -174,7 +174,7 @@ def unpack_archives(
     for path in found:
         unpack(path, root, place=place, progress=progress)
 
-
+# %% ../../nbs/86_data.cocostuff.ipynb #db5bc26c
 def convert_masks(
     root: Path,  # the dataset's folder
     *,
@@ -190,7 +190,7 @@ def convert_masks(
         jobs += [(folder / f"{name}.png", folder / f"{name}{SUFFIX}") for name in raw]
     return convert_files(jobs, convert_mask, workers=workers, description="convert masks", progress=progress)
 
-# %% ../../nbs/86_data.cocostuff.ipynb #e8b2687e
+# %% ../../nbs/86_data.cocostuff.ipynb #670faddb
 def check_mask(
     mask: Path,
     picture: Path,  # that it belongs to
@@ -205,7 +205,7 @@ def check_mask(
         raise UserError(f"{mask}: {sizes}; make both the same size")
     remap_labels(numbers, torch.frombuffer(bytearray(table), dtype=torch.uint8), str(mask))
 
-
+# %% ../../nbs/86_data.cocostuff.ipynb #480a9c18
 def prepare_cocostuff(
     root: str | Path,  # the dataset's folder; archives lie there or in its folder "archives"
     *,
