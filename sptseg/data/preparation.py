@@ -505,7 +505,7 @@ def run_chunks(
     finally:
         pool.shutdown(cancel_futures=True)
 
-# %% ../../nbs/84_data.preparation.ipynb #78d53931
+# %% ../../nbs/84_data.preparation.ipynb #1b58cc69
 def find_problems(
     function: Callable[..., object],
     jobs: Sequence[tuple],  # arguments of each call; the first one is a file
@@ -515,7 +515,7 @@ def find_problems(
     progress: bool = True,
 ) -> Iterator[str]:  # one line per job that failed, as they occur
     """Do jobs in several processes, and report those that failed."""
-    size = max(1, min(32, len(jobs) // (4 * max(workers, 1))))
+    size = max(8, min(32, len(jobs) // (4 * max(workers, 1))))
     chunks = [jobs[start : start + size] for start in range(0, len(jobs), size)]
     with tqdm(total=len(jobs), desc=description, disable=not progress, leave=False) as bar:
         for problems in run_chunks(function, chunks, workers):

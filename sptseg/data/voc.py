@@ -33,10 +33,10 @@ from sptseg.data.preparation import (
 )
 from ..splits import load_label_set, raw_lookup
 
-# %% ../../nbs/85_data.voc.ipynb #8d679e5a
+# %% ../../nbs/85_data.voc.ipynb #0d32654b
 VOC = Archive(
     name="VOCtrainval_11-May-2012.tar",
-    url="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+    url="https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
     digest="md5:6cd6e144f989b92b3379bac3b3de84fd",
     about="PASCAL VOC 2012, 2 GB",
 )
@@ -200,7 +200,7 @@ def provide_aug(
     provide([picture for picture, _ in pairs], voc, root, base, place=place_voc)
     return converted
 
-# %% ../../nbs/85_data.voc.ipynb #cf9e5627
+# %% ../../nbs/85_data.voc.ipynb #74317392
 def check_lists(
     base: Path,  # VOC2012
     names: dict[str, Sequence[str]],  # "train", "aug", "val"
@@ -212,8 +212,7 @@ def check_lists(
     for first, second in [("aug", "val"), ("train", "val"), ("train", "aug")]:
         if both := sorted({*names[first]} & {*names[second]}):
             file = list_file(base, first if first == "aug" else second)
-            shared = f"{len(both):,} pictures stand in both {first} and {second}, among them {both[0]}"
-            raise UserError(f"{file}: {shared}; {remedy}")
+            raise UserError(f"{file}: {both[0]} is in both {first} and {second} ({len(both):,} such names); {remedy}")
     for split in ("train", "val", "aug"):
         check_count(f"{list_file(base, split)}", len(names[split]), COUNTS[split], partial=partial, remedy=remedy)
 
