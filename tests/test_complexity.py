@@ -36,7 +36,9 @@ from sptseg.splits import load_label_set
 ROOT = Path(__file__).resolve().parents[1]
 FULL_SCALE = ROOT / "../shared/reference/full_scale.json"
 needs_reference = pytest.mark.skipif(not FULL_SCALE.exists(), reason="needs ../shared/reference")
-each_row = pytest.mark.parametrize("row", list(PUBLISHED.itertuples(index=False, name=None)), ids=lambda row: f"{row[0]}-{row[1]}")
+each_row = pytest.mark.parametrize(
+    "row", list(PUBLISHED.itertuples(index=False, name=None)), ids=lambda row: f"{row[0]}-{row[1]}"
+)
 
 
 def released(method, prompts):
