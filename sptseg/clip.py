@@ -9,9 +9,10 @@ __all__ = ['PLAIN_VISION', 'PLAIN_TEXT', 'SINGLE_TEMPLATE', 'SCENE_TEMPLATES', '
            'load_clip', 'interpolate_position_embedding', 'prompt_texts', 'compute_class_embeddings', 'cache_file',
            'class_embeddings', 'load_text_embeddings']
 
-# %% ../nbs/20_clip.ipynb #4119dd39
+# %% ../nbs/20_clip.ipynb #3dd260ab
 import hashlib
 import json
+import logging
 import os
 import re
 import warnings
@@ -112,7 +113,7 @@ def check_digest(
         raise UserError(f"{file}: is damaged (its SHA-256 is not that of {url}); delete it and fetch it again")
     return file
 
-# %% ../nbs/20_clip.ipynb #8ecc3d1d
+# %% ../nbs/20_clip.ipynb #7961d323
 def fetch_weights(
     name: str,  # a model name of open_clip
     tag: str,  # weights that open_clip knows for it
@@ -124,6 +125,7 @@ def fetch_weights(
     for suffix in (".safetensors", ".pt", ".bin"):
         if (file := folder / f"{name}-{tag}{suffix}").is_file():
             return check_digest(file, url)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the error below says it in one line
     try:
         return Path(open_clip.download_pretrained(source, cache_dir=cache_dir and str(cache_dir)))
     except Exception as error:  # the hub and the network raise errors of many kinds

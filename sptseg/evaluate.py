@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['benchmark_of', 'load_parts', 'lowered_classes', 'test_loader', 'evaluate', 'segmenter_predictor',
-           'training_free_predictor', 'predict_samples', 'evaluate_weights']
+           'training_free_predictor', 'predict_samples', 'labels_for', 'recipe_of_run', 'load_model',
+           'evaluate_weights']
 
-# %% ../nbs/91_evaluate.ipynb #642f8eaf
+# %% ../nbs/91_evaluate.ipynb #7c6fac16
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,30 +19,40 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .clip import ClipModel, class_embeddings, load_clip
+from .clip import ClipModel, class_embeddings, load_clip, load_text_embeddings
 from .core import provenance, save_json
 from .data.benchmarks import Benchmark, load_benchmark
 from .data.transforms import SegmentationData, TestTransform
 from .encoder import embed_patches
 from .metrics import SegmentationMetrics
-from .recipe import Recipe
-from .segmenter import Segmenter, load_segmenter, predict_labels, resize_masks
+from .recipe import Recipe, load_recipe
+from .segmenter import Segmenter, load_segmenter, predict_labels, read_segmenter_file, resize_masks
 from .splits import LabelSet, label_lookup
 
-# %% ../nbs/91_evaluate.ipynb #113db825
+# %% ../nbs/91_evaluate.ipynb #6ac0ab9c
 def benchmark_of(
     recipe: Recipe,
+    training: bool = True,  # whether training pictures are wanted, too
 ) -> Benchmark:
     """The benchmark that a recipe names, at the recipe's size."""
-    sizes = {"size": recipe.image_size, "train_pictures": recipe.train_pictures, "val_pictures": recipe.val_pictures}
-    return load_benchmark(recipe.dataset, **sizes)
+    return load_benchmark(
+        recipe.dataset,
+        root=recipe.data_root,
+        size=recipe.image_size,
+        train_pictures=recipe.train_pictures,
+        val_pictures=recipe.val_pictures,
+        training=training,
+    )
 
 
 def load_parts(
     recipe: Recipe,
+    training: bool = True,  # whether training pictures are wanted, too
 ) -> tuple[Benchmark, ClipModel, Tensor]:  # and the embeddings of all its classes, (C, d)
     """Everything a run needs besides the model."""
-    benchmark, clip = benchmark_of(recipe), load_clip(recipe.clip, weights=recipe.clip_weights)
+    benchmark, clip = benchmark_of(recipe, training), load_clip(recipe.clip, weights=recipe.clip_weights)
+    if recipe.text_embeddings is not None:
+        return benchmark, clip, load_text_embeddings(recipe.text_embeddings, benchmark.labels, clip.embed_dim)
     return benchmark, clip, class_embeddings(clip, benchmark.labels)
 
 
@@ -51,7 +63,7 @@ def lowered_classes(
     """Seen classes are lowered after inductive training only."""
     return labels.seen if setting == "inductive" and labels.unseen else ()
 
-# %% ../nbs/91_evaluate.ipynb #a33268c1
+# %% ../nbs/91_evaluate.ipynb #f4bd323e
 def test_loader(
     benchmark: Benchmark,
     short_side: int,  # pixels, as in training
@@ -67,25 +79,28 @@ def evaluate(
     predict: Callable[[Tensor, tuple[int, int]], Tensor],  # picture (1, 3, h, w) and (H, W) → (H, W) class ids
     loader: DataLoader,  # see `test_loader`
     labels: LabelSet,
-    device: torch.device | str = "cpu",
     progress: bool = True,  # whether to show a progress bar
 ) -> dict:  # pAcc, mIoU(S), mIoU(U), hIoU, mIoU in percent, and "IoU" by class name; see `Scores.as_dict`
     """Metrics of a way to label pixels."""
     metrics = SegmentationMetrics(labels)
     for image, mask, _ in tqdm(loader, desc="evaluate", disable=not progress, leave=False):
-        prediction = predict(image.to(device), tuple(mask.shape[-2:]))
-        metrics.update(prediction, mask[0].to(device))
+        prediction = predict(image, tuple(mask.shape[-2:]))
+        metrics.update(prediction, mask[0].to(prediction.device))
     return metrics.compute().as_dict()
 
-# %% ../nbs/91_evaluate.ipynb #e8a9a34a
+# %% ../nbs/91_evaluate.ipynb #8ddab697
 def segmenter_predictor(
     model: Segmenter,  # in evaluation mode
-    text: Tensor,  # (C, d) embeddings of all classes
+    text: Tensor,  # (C, d) embeddings of all classes, where the model is
     lowered: tuple[int, ...],  # see `lowered_classes`
 ) -> Callable[[Tensor, tuple[int, int]], Tensor]:
     """How a segmenter labels a picture: windows of its training size, steps of 5/6 of it (426 for 512)."""
     stride = model.config.image_size * 426 // 512
-    return lambda image, size: predict_labels(model, image, text, stride=stride, seen=lowered, output_size=size)
+
+    def predict(image: Tensor, size: tuple[int, int]) -> Tensor:
+        return predict_labels(model, image.to(text.device), text, stride=stride, seen=lowered, output_size=size)
+
+    return predict
 
 # %% ../nbs/91_evaluate.ipynb #8704cd86
 def training_free_predictor(
@@ -105,7 +120,7 @@ def training_free_predictor(
 
     return predict
 
-# %% ../nbs/91_evaluate.ipynb #8c59cff1
+# %% ../nbs/91_evaluate.ipynb #79ac6fe1
 def predict_samples(
     benchmark: Benchmark,
     indices: Iterable[int],  # which test pictures
@@ -117,24 +132,55 @@ def predict_samples(
     for index in indices:
         sample = benchmark.val[index]
         image, _ = transform(sample.image)
-        predictions = {title: predict(image[None], sample.mask.shape) for title, predict in predictors.items()}
+        predictions = {name: predict(image[None], sample.mask.shape).cpu() for name, predict in predictors.items()}
         rows.append({"image": sample.image, "truth": sample.mask, **predictions})
     return rows
 
-# %% ../nbs/91_evaluate.ipynb #84d16f57
-def evaluate_weights(
+# %% ../nbs/91_evaluate.ipynb #750a4cb1
+def labels_for(
+    benchmark: Benchmark,
+    trained_on: str,  # name of the benchmark that the model was trained on
+    evaluated_on: str,  # name of this one
+) -> Benchmark:  # the same, or without unseen classes if the two differ
+    """Across datasets all classes count alike."""
+    return benchmark if trained_on == evaluated_on else replace(benchmark, labels=replace(benchmark.labels, unseen=()))
+
+# %% ../nbs/91_evaluate.ipynb #90f9b021
+def recipe_of_run(
+    run: str | Path,  # folder of a run
+    **overrides,  # keys that replace those of its recipe
+) -> Recipe:  # another dataset does not inherit the place and the texts of the run's own
+    """What a run was trained by, for an evaluation on its own benchmark or on another one."""
+    own = load_recipe(Path(run) / "recipe.yaml")
+    moved = overrides.get("dataset", own.dataset) != own.dataset
+    elsewhere = {"data_root": None, "text_embeddings": None, "val_pictures": None} if moved else {}
+    return load_recipe(Path(run) / "recipe.yaml", **{**elsewhere, **overrides})
+
+# %% ../nbs/91_evaluate.ipynb #a6451310
+def load_model(
     recipe: Recipe,  # what the model was trained by, or the same with another dataset
+    weights: str | Path,  # the run's model.safetensors
+) -> tuple[Benchmark, Segmenter, Callable[[Tensor, tuple[int, int]], Tensor]]:  # test pictures, model, how it labels
+    """Read saved weights; a file of another method or width raises `UserError`."""
+    benchmark, clip, text = load_parts(recipe, training=False)
+    trained_on = read_segmenter_file(weights)[1].get("dataset", recipe.dataset)
+    benchmark = labels_for(benchmark, trained_on, recipe.dataset)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_segmenter(weights, clip.visual, clip=recipe.clip, expected=recipe.segmenter_config()).to(device)
+    lowered = lowered_classes(benchmark.labels, recipe.setting)
+    return benchmark, model, segmenter_predictor(model, text.to(device), lowered)
+
+
+def evaluate_weights(
+    recipe: Recipe,  # see `load_model`
     weights: str | Path,  # the run's model.safetensors
     out: str | Path | None = None,  # JSON file to write, if wanted
     progress: bool = True,  # whether to show a progress bar
 ) -> dict:  # "metrics", "recipe", "weights" and provenance
-    """Evaluate saved weights; a file of another method or width raises `UserError`."""
-    benchmark, clip, text = load_parts(recipe)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_segmenter(weights, clip.visual, clip=recipe.clip, expected=recipe.segmenter_config()).to(device)
-    predict = segmenter_predictor(model, text.to(device), lowered_classes(benchmark.labels, recipe.setting))
+    """Evaluate saved weights on a whole test set."""
+    benchmark, _, predict = load_model(recipe, weights)
     loader = test_loader(benchmark, recipe.image_size, recipe.workers)
-    metrics = evaluate(predict, loader, benchmark.labels, device, progress)
+    metrics = evaluate(predict, loader, benchmark.labels, progress=progress)
     results = {"metrics": metrics, "recipe": recipe.model_dump(mode="json"), "weights": str(weights), **provenance()}
     if out is not None:
         save_json(out, results)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'STYLE', 'use_style', 'label_palette', 'colour_mask', 'show_pictures', 'show_segmentations', 'plot_history',
-           'plot_class_iou']
+           'plot_class_iou', 'draw_class_bars']
 
-# %% ../nbs/01_plots.ipynb #7e7fb6e2
+# %% ../nbs/01_plots.ipynb #3a52839a
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
@@ -136,23 +137,35 @@ def plot_history(
     axes[1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
-# %% ../nbs/01_plots.ipynb #ea2fe513
+# %% ../nbs/01_plots.ipynb #42c0ae42
 def plot_class_iou(
     scores: dict[str, dict[str, float | None]],  # method → class name → IoU in percent, None where there is none
     names: Sequence[str],  # names of all C classes, in order
     unseen: Sequence[int] = (),  # ids of unseen classes: drawn to the right, marked with a star
 ) -> Figure:
-    """Bars of every class's IoU, one colour per method."""
+    """Bars of every class's IoU, one colour per method, in rows of at most 60 classes."""
     order = sorted(range(len(names)), key=lambda c: (c in unseen, c))
-    figure, axis = plt.subplots(figsize=(max(4, 0.34 * len(names)), 2.4), layout="constrained")
-    width = 0.8 / len(scores)
-    for index, (method, iou) in enumerate(scores.items()):
-        heights = [iou[names[c]] or 0 for c in order]
-        axis.bar(np.arange(len(order)) + (index - (len(scores) - 1) / 2) * width, heights, width, label=method)
-    if unseen:
-        axis.axvline(len(order) - len(unseen) - 0.5, color="grey", linewidth=0.8)
-    labels = [names[c] + (" *" if c in unseen else "") for c in order]
-    axis.set_xticks(range(len(order)), labels, rotation=60, ha="right", fontsize=6)
-    axis.set(ylabel="IoU, %", ylim=(0, 100))
-    axis.legend(fontsize=6, ncols=len(scores), loc="lower left", bbox_to_anchor=(0, 1))
+    rows = [order[start : start + 60] for start in range(0, len(order), 60)]
+    size = (max(4, 0.25 * len(rows[0])), 2.4 * len(rows))
+    figure, axes = plt.subplots(len(rows), figsize=size, squeeze=False, layout="constrained")
+    for row, axis in zip(rows, axes[:, 0], strict=True):
+        draw_class_bars(axis, {method: [iou[names[c]] or 0 for c in row] for method, iou in scores.items()})
+        seen = sum(c not in unseen for c in row)
+        if seen < len(row):
+            axis.axvline(seen - 0.5, color="grey", linewidth=0.8)
+        labels = [names[c] + (" *" if c in unseen else "") for c in row]
+        axis.set_xticks(range(len(row)), labels, rotation=60, ha="right", fontsize=6)
+        axis.set(ylabel="IoU, %", ylim=(0, 100), xlim=(-0.7, len(rows[0]) - 0.3))
+    axes[0, 0].legend(fontsize=6, ncols=len(scores), loc="lower left", bbox_to_anchor=(0, 1))
     return figure
+
+
+def draw_class_bars(
+    axis: Axes,
+    heights: dict[str, Sequence[float]],  # method → one value per class
+) -> None:
+    """Bars side by side."""
+    width = 0.8 / len(heights)
+    for index, (method, values) in enumerate(heights.items()):
+        places = np.arange(len(values)) + (index - (len(heights) - 1) / 2) * width
+        axis.bar(places, values, width, label=method)

@@ -192,7 +192,7 @@ def predict_labels(
     scores = slide_scores(model, image, text, stride=stride, seen=seen)
     return resize_masks(scores, output_size or image.shape[-2:]).argmax(1)[0]
 
-# %% ../nbs/60_segmenter.ipynb #0aba4299
+# %% ../nbs/60_segmenter.ipynb #f9ccbfc8
 def save_segmenter(
     path: str | Path,  # .safetensors file to write or replace
     model: Segmenter,
@@ -216,7 +216,7 @@ def read_segmenter_file(
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read as safetensors ({error}); check the path, or train again") from None
     if "sptseg" not in metadata:
-        raise UserError(f"{path}: not written by sptseg; for the authors' checkpoints see `sptseg.interop`")
+        raise UserError(f"{path}: not written by sptseg; the authors' checkpoints are read by `sptseg convert`")
     try:
         notes = json.loads(metadata["sptseg"])
         return SegmenterConfig.model_validate(notes.pop("config")), {"clip": notes["clip"], **notes}, tensors

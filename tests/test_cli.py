@@ -277,28 +277,39 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
     assert exit.value.code == 2 and "usage: sptseg" in capsys.readouterr().err
 
 
-def commands():
-    [choices] = [action.choices for action in make_parser()._actions if isinstance(action, argparse._SubParsersAction)]
-    return choices
+def commands(parser=None, prefix=()):
+    """Every command with its parser: ("train",), ("data", "voc"), …"""
+    for action in (parser or make_parser())._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, child in action.choices.items():
+                yield (*prefix, name), child
+                yield from commands(child, (*prefix, name))
+
+
+COMMANDS = dict(commands())
+
+
+def shown_help(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([*command, "--help"])
+    assert exit.value.code == 0
+    return capsys.readouterr().out
 
 
 def test_help_lists_every_command(capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(["--help"])
-    shown = capsys.readouterr().out
-    assert exit.value.code == 0 and {"train", "evaluate", "check-reference"} <= commands().keys()
-    assert all(f"    {name}" in shown for name in commands())
+    assert {("train",), ("evaluate",), ("convert",), ("data", "voc"), ("data", "report")} <= COMMANDS.keys()
+    for command in COMMANDS:
+        assert f"    {command[-1]}" in shown_help(command[:-1], capsys)
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_explains_every_argument(command, capsys):
-    with pytest.raises(SystemExit) as exit:
-        main([command, "--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert exit.value.code == 0
-    for action in commands()[command]._actions:
+    shown = " ".join(shown_help(command, capsys).split())
+    for action in COMMANDS[command]._actions:
         name = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
-        assert action.help and name in shown and " ".join(action.help.split()) in shown
+        explained = (action.help or "") % {"default": action.default}
+        assert name in shown and " ".join(explained.split()) in shown
+        assert explained or isinstance(action, argparse._SubParsersAction), f"{name}: no help"
 
 
 def test_a_process_shows_one_line_and_no_traceback(tmp_path):

@@ -19,9 +19,9 @@ from sptseg.cli import main
 from sptseg.core import IGNORE, UserError
 from sptseg.data.benchmarks import Benchmark
 from sptseg.evaluate import load_parts
-from sptseg.recipe import check_recipe, learning_rate
+from sptseg.recipe import check_recipe, learning_rate, phases
 from sptseg.splits import SETTINGS
-from sptseg.train import CHECKPOINT, RESULTS, WEIGHTS, BatchSampler, phases, train
+from sptseg.train import CHECKPOINT, RESULTS, WEIGHTS, BatchSampler, train
 
 TINY = {
     **{"dataset": "glyphs-20", "image_size": 32, "num_prompts": 2, "decoder_layers": 2, "train_pictures": 6},
@@ -274,6 +274,32 @@ def test_every_method_trains_in_every_setting(tmp_path, monkeypatch, method, set
     assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
     assert ("ssim" if method == "spt-seg" else "dice") in rows[0]
     assert results["metrics"]["pAcc"] is not None and (tmp_path / WEIGHTS).exists()
+
+
+def test_the_first_half_of_a_transductive_run_is_that_of_an_inductive_one(tmp_path):
+    histories, states = {}, {}
+    for setting in ("inductive", "transductive"):
+        recipe = tiny(setting=setting, iterations=6, warmup_iterations=2)
+        histories[setting] = train(recipe, tmp_path / setting, progress=False)["history"]["train"]
+        states[setting] = torch.load(tmp_path / setting / CHECKPOINT, weights_only=True)["optimiser"]["state"]
+    assert histories["transductive"][:3] == histories["inductive"][:3]
+    assert histories["transductive"][3] != histories["inductive"][3]
+    steps = {setting: {int(state["step"]) for state in kept.values()} for setting, kept in states.items()}
+    assert steps == {"inductive": {6}, "transductive": {3}}, "the second half starts with a fresh optimiser"
+
+
+def test_the_second_half_of_a_transductive_run_warms_up_again():
+    recipe = check_recipe({"dataset": "voc", "setting": "transductive"})
+    alone = check_recipe({"dataset": "voc", "iterations": 10_000})
+    for iteration in (0, 1, 1499, 1500, 9_999):
+        assert learning_rate(recipe, 10_000 + iteration) == learning_rate(alone, iteration)
+
+
+def test_data_may_move_between_two_parts_of_a_run(tmp_path):
+    weights = weights_of(tmp_path, workers=0)
+    (tmp_path / RESULTS).unlink()
+    assert weights_of(tmp_path, data_root="elsewhere", workers=1) == weights
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["data_root"] == "elsewhere"
 
 
 def test_phases_share_the_iterations():
