@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DAMAGE', 'replace_file', 'remove_leftovers', 'write_names', 'Archive', 'identity', 'checked_note', 'unpacked_note',
-           'read_note', 'write_note', 'file_digest', 'check_digest', 'download_rest', 'save_stream', 'fetch',
-           'find_archive', 'Member', 'StrictTarInfo', 'tar_members', 'zip_members', 'check_name', 'find_target',
-           'make_folder', 'unpack_member', 'missing_files', 'is_unpacked', 'name_archive', 'unpack', 'provide_files',
-           'start_worker', 'run_chunk', 'run_chunks', 'find_problems', 'convert_files', 'check_count', 'check_picture',
-           'check_files', 'check_pictures']
+           'read_note', 'write_note', 'byte_bar', 'file_digest', 'check_digest', 'download_rest', 'save_stream',
+           'fetch', 'find_archive', 'Member', 'StrictTarInfo', 'tar_members', 'zip_members', 'read_members',
+           'check_name', 'find_target', 'make_folder', 'unpack_member', 'missing_files', 'is_unpacked', 'name_archive',
+           'unpack', 'provide_files', 'start_worker', 'run_chunk', 'run_chunks', 'find_problems', 'convert_files',
+           'check_count', 'check_picture', 'check_files', 'check_pictures']
 
 # %% ../../nbs/84_data.preparation.ipynb #44656229
 import gzip
@@ -130,7 +130,17 @@ def write_note(
     except OSError:
         pass
 
-# %% ../../nbs/84_data.preparation.ipynb #1acfad9e
+# %% ../../nbs/84_data.preparation.ipynb #475ce957
+def byte_bar(
+    path: Path,  # the file to go through
+    what: str,  # what is done with it
+    progress: bool,  # False: show nothing
+) -> tqdm:
+    """A progress bar over the bytes of a file."""
+    total, description = path.stat().st_size, f"{what} {path.name}"
+    return tqdm(total=total, unit="B", unit_scale=True, desc=description, disable=not progress, leave=False)
+
+
 def file_digest(
     path: Path,
     algorithm: str,  # "md5", "sha256", …
@@ -139,11 +149,10 @@ def file_digest(
 ) -> str:  # hexadecimal
     """Checksum of a file's content."""
     state = hashlib.new(algorithm, usedforsecurity=False)
-    bar = partial(tqdm, unit="B", unit_scale=True, desc=f"check {path.name}", disable=not progress, leave=False)
-    with open(path, "rb") as file, bar(total=path.stat().st_size) as shown:
+    with open(path, "rb") as file, byte_bar(path, "check", progress) as bar:
         while chunk := file.read(1 << 20):
             state.update(chunk)
-            shown.update(len(chunk))
+            bar.update(len(chunk))
     return state.hexdigest()
 
 # %% ../../nbs/84_data.preparation.ipynb #b16cebd2
@@ -211,7 +220,7 @@ def save_stream(
     if total is not None and have < total:
         raise ConnectionError(f"it stopped after {have:,} of {total:,} bytes")
 
-# %% ../../nbs/84_data.preparation.ipynb #698120dc
+# %% ../../nbs/84_data.preparation.ipynb #4b3c1c3b
 def fetch(
     archive: Archive,
     path: Path,  # where to put it
@@ -236,10 +245,8 @@ def fetch(
         raise UserError(
             f"{archive.url}: did not give the published file ({archive.digest}); try later, {by_hand}"
         ) from None
-    if archive.digest:
-        write_note(checked_note(path), {**identity(path), "digest": archive.digest})
 
-# %% ../../nbs/84_data.preparation.ipynb #8c52eaef
+# %% ../../nbs/84_data.preparation.ipynb #b26937c3
 def find_archive(
     archive: Archive,
     root: Path,  # the dataset's folder; archives lie there or in its folder "archives"
@@ -257,6 +264,7 @@ def find_archive(
             f"{archive.name} ({archive.about}) is missing; put it into {root}, from {archive.url}, or add --download"
         )
     fetch(archive, places[1], progress=progress)
+    write_note(checked_note(places[1]), {**identity(places[1]), "digest": archive.digest})
     return places[1]
 
 # %% ../../nbs/84_data.preparation.ipynb #2d1e2809
@@ -308,6 +316,13 @@ def zip_members(
             if not item.is_dir():
                 regular = kind in (0, stat.S_IFREG)
                 yield Member(item.filename, item.file_size, regular, partial(archive.open, item), position)
+
+# %% ../../nbs/84_data.preparation.ipynb #cc7508f8
+def read_members(
+    path: Path,  # .zip, or any kind of tar
+) -> Iterator[Member]:
+    """Files of an archive."""
+    yield from (zip_members if path.suffix.lower() == ".zip" else tar_members)(path)
 
 # %% ../../nbs/84_data.preparation.ipynb #d0303d0c
 def check_name(
@@ -403,7 +418,7 @@ def name_archive(
             f"{archive}: is damaged or incomplete ({reason}); get it again, what was unpacked so far stays"
         ) from None
 
-# %% ../../nbs/84_data.preparation.ipynb #8bf0d0f6
+# %% ../../nbs/84_data.preparation.ipynb #3c98a6b3
 def unpack(
     archive: Path,  # .zip, .tar, .tar.gz, .tgz, …
     folder: Path,  # nothing is written outside
@@ -415,16 +430,14 @@ def unpack(
     archive, folder, parents, written = Path(archive), Path(folder), {}, 0
     if is_unpacked(archive, folder):
         return 0
-    bar = partial(tqdm, unit="B", unit_scale=True, desc=f"unpack {archive.name}", disable=not progress, leave=False)
-    members = zip_members if archive.suffix == ".zip" else tar_members
-    with name_archive(archive), bar(total=archive.stat().st_size) as shown:
-        for member in members(archive):
+    with name_archive(archive), byte_bar(archive, "unpack", progress) as bar:
+        for member in read_members(archive):
             if target := find_target(member, folder, place, archive):
                 if target.parent not in parents:
                     make_folder(target.parent, folder, archive)
                 parents.setdefault(target.parent, []).append(target.name)
                 written += unpack_member(member, target)
-            shown.update(member.position - shown.n)
+            bar.update(member.position - bar.n)
     if not parents:
         raise UserError(f"{archive}: holds none of the files that belong to the dataset; get the right archive")
     remove_leftovers(parents)
