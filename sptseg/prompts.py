@@ -39,17 +39,16 @@ class DeepPrompts(nn.Module):
         projected = self.projection(self.embeddings)[:, None].expand(-1, batch_size, -1, -1)
         return self.dropout(projected).unbind(0)
 
-# %% ../nbs/30_prompts.ipynb #546bfab7
+# %% ../nbs/30_prompts.ipynb #fe99cb8e
 def hermitian_part(
     spectrum: Tensor,  # (h, w // 2 + 1, D) complex: half of a spectrum, as `torch.fft.rfft2` lays it out
     grid_width: int,  # w
 ) -> Tensor:  # same shape: the half spectrum of a real signal
     """Make the self-conjugate columns conjugate-symmetric; all other entries stay as they are."""
     mirrored = spectrum.roll(-1, 0).flip(0).conj()  # row u of the result is row -u
-    columns = torch.zeros(spectrum.shape[1], dtype=torch.bool, device=spectrum.device)
-    columns[0] = True
-    columns[-1] |= grid_width % 2 == 0
-    return torch.where(columns[:, None], (spectrum + mirrored) / 2, spectrum)
+    column = torch.arange(spectrum.shape[1], device=spectrum.device)
+    self_conjugate = (column == 0) | (2 * column == grid_width)
+    return torch.where(self_conjugate[:, None], (spectrum + mirrored) / 2, spectrum)
 
 # %% ../nbs/30_prompts.ipynb #0b4b3cde
 def filter_to_kernel(

@@ -137,11 +137,11 @@ def test_the_tiny_clip_recognises_things_it_has_not_been_shown_here():
     folder = asset_path("glyph_clip")
     clip = open_clip.CLIP(**json.loads((folder / "config.json").read_text())).eval()
     clip.load_state_dict(load_file(folder / "model.safetensors"))
-    pool = make_pool(100, 96, (1, 1), (0.4, 0.65), seed=77)
+    pool = make_pool(400, 96, (1, 1), (0.4, 0.65), seed=77)
     tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=clip.context_length)
     with torch.no_grad():
         names = clip.encode_text(tokenizer([caption([name]) for name in THING_NAMES]), normalize=True)
         for count in (1, 2):
             answer = (image_vectors(clip, pool.pictures, count)[0] @ names.T).argmax(1)
-            assert pool.named[torch.arange(100), answer].float().mean() > 0.85
+            assert pool.named[torch.arange(400), answer].float().mean() > 0.87
     assert (folder / "model.safetensors").stat().st_size <= 16 * 2**20

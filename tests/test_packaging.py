@@ -19,9 +19,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from sync import ROOT, copy_project, project_files
-
 from sptseg.recipe import load_recipe
+from sync import ROOT, copy_project, project_files
 
 CONDA_NAMES = {"pytorch": "torch", "python-build": "build"}  # every other package has the same name in both worlds
 RUN_NOTEBOOKS = sorted((ROOT / "nbs/runs").glob("*.ipynb"))
