@@ -43,7 +43,7 @@ def default_folder(
     changes = [f"{key}={value}" for key, value in overrides.items() if key not in WITHOUT_EFFECT]
     return Path("runs", *stem.parts[:-1], "-".join([stem.name, *changes]).replace("/", "_"))
 
-# %% ../nbs/93_cli.ipynb #029675fe
+# %% ../nbs/93_cli.ipynb #d7e153a4
 def run_train(arguments: argparse.Namespace) -> int:
     """`sptseg train`."""
     from sptseg.metrics import summarise
@@ -88,7 +88,9 @@ def run_report(arguments: argparse.Namespace) -> int:
     """`sptseg data report`."""
     from sptseg.data.benchmarks import load_benchmark
     from sptseg.data.report import report_text, show_report, survey
+    from sptseg.plots import use_style
 
+    use_style()
     benchmark = load_benchmark(arguments.dataset, root=arguments.root, training=arguments.split == "train", size=96)
     data = benchmark.train if arguments.split == "train" else benchmark.val
     options = {"pictures": arguments.pictures, "workers": arguments.workers, "progress": not arguments.quiet}
@@ -208,7 +210,7 @@ def parse_arguments(
         chosen.settings += rest
     return chosen
 
-# %% ../nbs/93_cli.ipynb #4a857992
+# %% ../nbs/93_cli.ipynb #9c112f37
 def main(
     arguments: Sequence[str] | None = None,  # without the program's name; None: from the command line
 ) -> int:  # exit status
@@ -226,7 +228,7 @@ def main(
         print(f"sptseg: {' '.join(message.split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("sptseg: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        print("sptseg: interrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 130
 
 

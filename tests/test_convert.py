@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sptseg.cli import main
 from sptseg.clip import interpolate_position_embedding, load_clip
 from sptseg.convert import about_equal, convert_checkpoint, load_plainly, summarise_conversion
 from sptseg.core import UserError
@@ -121,6 +122,19 @@ def test_the_run_folder_can_be_evaluated(clips, tmp_path):
     assert read_segmenter_file(report["weights"])[1]["dataset"] == recipe.dataset
     text = summarise_conversion(report)
     assert "4 prompts per block" in text and "2 decoder layers" in text and "optimiser" in text and clips[0] in text
+
+
+def test_by_command(clips, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe = a_recipe(clips, "zegclip")
+    make(recipe, "released.pth")
+    Path("row.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
+    assert main(["convert", "released.pth", "run", "--recipe", "row.yaml", "num_prompts=5"]) == 1
+    assert "num_prompts=4" in capsys.readouterr().err and not Path("run").exists()
+    assert main(["convert", "released.pth", "run", "--recipe", "row.yaml"]) == 0
+    assert "zegclip, 4 prompts per block" in capsys.readouterr().out
+    assert main(["evaluate", "run", "--quiet"]) == 0
+    assert json.loads(Path("run/evaluation-glyphs-20.json").read_text())["metrics"]["pAcc"] is not None
 
 
 def test_half_precision_counts_as_the_same_clip_and_training_does_not(clips, tmp_path):
