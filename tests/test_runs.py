@@ -21,13 +21,13 @@ def run_notebook(name, folder, **parameters):
 
 def test_parameters_of_train_are_the_keys_of_a_recipe():
     parameters = papermill.inspect_notebook(RUNS / "train.ipynb")
-    assert parameters.keys() - {"out"} == Recipe.model_fields.keys()
+    assert parameters.keys() - {"out", "record"} == Recipe.model_fields.keys()
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
-    executed = run_notebook("train", folder, out="run")
+    executed = run_notebook("train", folder, out="run", record="records/row.json", iterations=130, eval_every=65)
     return folder / "run", executed
 
 
@@ -37,6 +37,14 @@ def test_train_notebook_leaves_results_weights_and_pictures(trained):
     assert results["metrics"]["IoU"].keys() == set(results["metrics"]["IoU"]) and results["commit"]
     assert (run / "model.safetensors").exists() and (run / "pictures.png").exists()
     assert "image/png" in executed.read_text(), "the executed notebook shows pictures"
+
+
+def test_the_record_of_a_run_has_every_evaluation_and_some_losses(trained):
+    run, _ = trained
+    results, record = (json.loads(path.read_text()) for path in (run / "results.json", run.parent / "records/row.json"))
+    history = record.pop("history"), results.pop("history")
+    assert record == results and history[0]["val"] == history[1]["val"] and len(history[0]["val"]) == 2
+    assert len(history[0]["train"]) <= 100 and history[0]["train"] == history[1]["train"][::2]
 
 
 def test_evaluate_notebook_finds_what_training_found(trained, tmp_path):
