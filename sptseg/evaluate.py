@@ -29,7 +29,7 @@ from .recipe import Recipe, load_recipe
 from .segmenter import Segmenter, load_segmenter, predict_labels, read_segmenter_file, resize_masks
 from .splits import LabelSet, label_lookup
 
-# %% ../nbs/91_evaluate.ipynb #6ac0ab9c
+# %% ../nbs/91_evaluate.ipynb #f60046c9
 def benchmark_of(
     recipe: Recipe,
     training: bool = True,  # whether training pictures are wanted, too
@@ -39,6 +39,7 @@ def benchmark_of(
         recipe.dataset,
         root=recipe.data_root,
         size=recipe.image_size,
+        seed=recipe.data_seed,
         train_pictures=recipe.train_pictures,
         val_pictures=recipe.val_pictures,
         training=training,

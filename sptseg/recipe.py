@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 from .core import UserError, asset_path, read_yaml
 from .segmenter import METHODS, SegmenterConfig
 
-# %% ../nbs/90_recipe.ipynb #37719c81
+# %% ../nbs/90_recipe.ipynb #78dcf8e2
 class Recipe(BaseModel):
     """Everything about one training run."""
 
@@ -40,6 +40,7 @@ class Recipe(BaseModel):
     class_embedding_count: Literal[1, 2] = 2
     auxiliary_loss: Literal["ssim", "dice", "ssim-probabilities", "none"] | None = None
     # the data
+    data_seed: NonNegativeInt = 0  # of drawn pictures: settings are chosen on those of another seed than results
     train_pictures: PositiveInt | None = None  # None: all of a dataset's, 2,000 drawn ones
     val_pictures: PositiveInt | None = None  # None: all of a dataset's, 400 drawn ones
     ratio_range: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)  # random size of training pictures

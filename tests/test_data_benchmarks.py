@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import papermill
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -154,3 +155,12 @@ def test_a_trial_can_use_the_first_pictures_only(data):
     whole, some = (load_benchmark("voc", root=data["voc"], train_pictures=count) for count in (None, 5))
     assert (len(whole.train), len(some.train)) == (12, 5) and some.train[4].name == whole.train[4].name
     assert len(load_benchmark("voc", root=data["voc"], val_pictures=10**6).val) == 6
+
+
+def test_another_data_seed_draws_other_pictures_for_training_and_test():
+    def pictures(seed):
+        benchmark = load_benchmark("glyphs-20", size=32, seed=seed, train_pictures=3, val_pictures=3)
+        return torch.stack([data[index].image for data in (benchmark.train, benchmark.val) for index in range(3)])
+
+    assert torch.equal(pictures(0), pictures(0))
+    assert (pictures(0) != pictures(1)).flatten(1).any(1).all(), "no picture is in both"

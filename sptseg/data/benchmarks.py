@@ -50,18 +50,20 @@ class Remembered(Dataset):
             self.kept[index] = self.data[index]
         return self.kept[index]
 
-# %% ../../nbs/89_data.benchmarks.ipynb #ed4dad69
+# %% ../../nbs/89_data.benchmarks.ipynb #0f2b6b2b
 def glyph_benchmark(
     label_set: str,  # "glyphs-20" or "glyphs-stuff"
     *,
     size: int,  # side of a picture, pixels
     train_pictures: int | None = None,  # how many different training pictures; None: 2,000
     val_pictures: int | None = None,  # how many test pictures; None: 400
+    seed: int = 0,  # other seeds give other pictures, for training and test
     **_,  # what only datasets on disk need
 ) -> Benchmark:
     """A benchmark of drawn pictures; nothing is read from disk."""
     lengths = {"train": train_pictures or 2000, "val": val_pictures or 400}
-    scenes = {part: GlyphScenes(label_set=label_set, split=part, length=lengths[part], size=size) for part in lengths}
+    options = {"label_set": label_set, "size": size, "seed": seed}
+    scenes = {part: GlyphScenes(split=part, length=lengths[part], **options) for part in lengths}
     return Benchmark(load_label_set(label_set), *(Remembered(scenes[part]) for part in ("train", "val")))
 
 # %% ../../nbs/89_data.benchmarks.ipynb #ee2dcca6
