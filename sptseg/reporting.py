@@ -22,7 +22,7 @@ def mean_and_spread(
     mean = f"{statistics.mean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
-# %% ../nbs/94_reporting.ipynb #42253a64
+# %% ../nbs/94_reporting.ipynb #954bc424
 def demo_table(
     results: dict,  # content of the results file that `nbs/runs/demo.ipynb` writes
 ) -> str:  # Markdown: a table, and a line on its origin
@@ -39,7 +39,7 @@ def demo_table(
     minutes = statistics.mean(results["seconds"].values()) / 60
     lines += [
         "",
-        f"{recipe['val_pictures']} test pictures; seeds {', '.join(map(str, seeds))}"
+        f"{results['test_pictures']} test pictures; seeds {', '.join(map(str, seeds))}"
         + (" (mean ± standard deviation)" if len(seeds) > 1 else "")
         + f"; {recipe['iterations']} iterations of {recipe['batch_size']} pictures, {minutes:.1f} minutes per run;"
         + f" commit {results['commit']}; command: `{results['command']}`",
