@@ -1,21 +1,38 @@
 """Losses against loops over pictures, classes and pixels, and the labels that they are computed from."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pytorch_msssim import ssim
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import sptseg.losses
 from sptseg.core import IGNORE, UNSEEN, UserError
 from sptseg.losses import (
+    Blur,
+    EmptyFocal,
+    EmptySimilarity,
+    along,
     count_masks,
     dice_loss,
     focal_loss,
+    make_axis,
     one_hot_target,
+    present_classes,
     pseudo_label,
     segmentation_loss,
+    split_losses,
     ssim_loss,
+    whole_losses,
 )
+
+REFERENCE = Path(__file__).resolve().parents[1] / "../shared/reference"
 
 
 def batch(pictures=3, classes=4, height=6, width=5, seed=0):
@@ -164,3 +181,167 @@ def test_pseudo_labels_name_the_best_unseen_class_and_nothing_else():
         assert given[picture, y, x] == (3 if logits[picture, 3, y, x] > logits[picture, 1, y, x] else 1)
     assert not given.requires_grad and given.dtype == label.dtype
     assert torch.equal(pseudo_label(logits, given, (3, 1)), given)
+
+
+def small_masks(seed, classes=6, dtype=torch.float32):
+    """Masks of a random grid and labels of another random size: regions of some classes, a part of it ignored."""
+    rng = np.random.default_rng(seed)
+    grid, (height, width) = rng.integers(1, 9, 2), rng.integers(1, 70, 2)
+    generator = torch.Generator().manual_seed(seed)
+    masks = 2 * torch.randn(2, classes, *grid, generator=generator, dtype=dtype)
+    tiles = torch.randint(0, classes - 1, (2, 1, 3, 2), generator=generator)
+    label = F.interpolate(tiles.float(), (int(height), int(width)))[:, 0].long()
+    label[torch.rand(label.shape, generator=generator) < rng.choice([0, 0.2, 1])] = IGNORE
+    return masks.requires_grad_(), label
+
+
+def losses_and_gradients(function, masks, label, auxiliary):
+    """Both losses, and their gradients in the masks."""
+    terms = function(masks, label, auxiliary, torch.tensor(3.0))
+    used = [term for term in terms if term.requires_grad]
+    return torch.stack(terms), [torch.autograd.grad(term, masks, retain_graph=True)[0] for term in used]
+
+
+def ssim_loss_in_float64(prediction, target):
+    """The definition by pytorch_msssim, with all its numbers in float64."""
+    window = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
+    window = (window / window.sum()).expand(prediction.shape[1], 1, 1, -1)
+    return 1 - ssim(*(F.pad(maps.double(), (5, 5, 5, 5)) for maps in (prediction, target)), data_range=1.0, win=window)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("auxiliary", ["ssim", "dice", "ssim-probabilities", None])
+@pytest.mark.parametrize("seed", range(12))
+def test_split_losses_equal_whole_ones(seed, auxiliary, dtype, tolerance, monkeypatch):
+    monkeypatch.setitem(sptseg.losses.PIXELS, "cpu", 5000)  # several maps at a time, several times
+    if dtype == torch.float64:
+        monkeypatch.setattr(sptseg.losses, "ssim_loss", ssim_loss_in_float64)
+        monkeypatch.setattr(sptseg.losses, "one_hot_target", lambda *given: one_hot_target(*given).double())
+    masks, label = small_masks(seed, dtype=dtype)
+    whole, expected = losses_and_gradients(whole_losses, masks, label, auxiliary)
+    split, found = losses_and_gradients(split_losses, masks, label, auxiliary)
+    assert torch.allclose(split, whole, rtol=tolerance / 10, atol=1e-6 if dtype == torch.float32 else 0)
+    for a, b in zip(found, expected, strict=False):  # without an auxiliary loss the second one has no gradient
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+@pytest.mark.parametrize("size", [(3, 4), (6, 8), (7, 9), (2, 3), (1, 1)])
+def test_split_losses_serve_masks_of_the_label_s_size_and_larger_ones(size):
+    masks, label = torch.randn(2, 3, 3, 4, requires_grad=True), torch.randint(0, 3, (2, *size))
+    whole, expected = losses_and_gradients(whole_losses, masks, label, "ssim")
+    split, found = losses_and_gradients(split_losses, masks, label, "ssim")
+    assert torch.allclose(split, whole, rtol=1e-5, atol=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("auxiliary", ["ssim", "dice", None])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_gradients_are_the_derivatives(seed, auxiliary):
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.randn(2, 3, 2, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    label = torch.randint(0, 2, (2, 7, 5), generator=generator)
+    label[0, :seed] = IGNORE
+
+    def losses(masks):
+        focal, other = split_losses(masks, label, auxiliary, torch.tensor(3.0))
+        return (focal, other) if auxiliary else focal
+
+    assert torch.autograd.gradcheck(losses, masks)
+
+
+@pytest.mark.parametrize("function", [EmptyFocal, EmptySimilarity, Blur])
+def test_hand_written_derivatives_are_right(function):
+    maps = torch.randn(2, 6, 5, dtype=torch.float64)
+    inputs = [maps, (maps + 1) ** 2] if function is EmptySimilarity else [maps]
+    assert torch.autograd.gradcheck(function.apply, [tensor.detach().requires_grad_() for tensor in inputs])
+
+
+def test_local_means_come_from_the_small_masks():
+    for seed in range(12):
+        masks, label = small_masks(seed, dtype=torch.float64)
+        rows, columns = (make_axis(*sizes, masks) for sizes in zip(masks.shape[2:], label.shape[1:], strict=True))
+        resized = F.interpolate(masks, label.shape[1:], mode="bilinear", align_corners=False)
+        points = along(rows.halve, masks, columns.halve)
+        assert torch.allclose(along(rows.resize, masks, columns.resize), resized)
+        assert torch.allclose(along(rows.mean, masks, columns.mean), Blur.apply(resized))
+        assert torch.allclose(along(rows.mean_square, points**2, columns.mean_square), Blur.apply(resized**2))
+
+
+@pytest.mark.parametrize("auxiliary", ["ssim", "dice"])
+def test_small_masks_and_resized_ones_have_one_training_loss(auxiliary):
+    masks, label = small_masks(4)
+    resized = F.interpolate(masks, label.shape[1:], mode="bilinear", align_corners=False)
+    small, large = (segmentation_loss(x, label, auxiliary=auxiliary) for x in (masks, resized))
+    assert small.keys() == large.keys()
+    assert all(torch.isclose(small[name], large[name], rtol=1e-5) for name in small)
+    (3 * small["loss"] + small["focal"]).backward()
+    found, masks.grad = masks.grad, None
+    (3 * large["loss"] + large["focal"]).backward()
+    assert (found - masks.grad).abs().max() < 1e-5 * masks.grad.abs().max()
+
+
+def test_settings_outside_do_not_shorten_the_numbers():
+    masks, label = small_masks(4)
+    expected = segmentation_loss(masks, label)["loss"]
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert segmentation_loss(masks, label)["loss"] == expected
+        assert torch.get_float32_matmul_precision() == "medium", "the setting is restored"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operator returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.elements = max(self.elements, leaf.numel())
+        return result
+
+
+@pytest.mark.parametrize("auxiliary", ["ssim", "dice", "ssim-probabilities"])
+def test_memory_does_not_grow_with_the_classes(auxiliary, monkeypatch):
+    monkeypatch.setitem(sptseg.losses.PIXELS, "cpu", 2 * 64 * 64)
+    masks, label = torch.randn(1, 40, 4, 4, requires_grad=True), torch.randint(0, 20, (1, 64, 64))
+    with LargestTensor() as seen:
+        segmentation_loss(masks, label, auxiliary=auxiliary)["loss"].backward()
+    assert seen.elements <= 2 * 74 * 74, "two maps, padded"
+
+
+def test_present_classes_are_those_with_a_pixel():
+    for seed in range(12):
+        _, label = small_masks(seed)
+        target = one_hot_target(label, 6)
+        assert torch.equal(present_classes(label, 6), target.amax((2, 3)) > 0)
+        assert torch.equal(present_classes(label.to(torch.uint8), 6).sum().float(), count_masks(target))
+    with pytest.raises(UserError, match="label 5 .*0..4"):
+        present_classes(torch.full((1, 2, 2), 5), 5)
+
+
+def test_pseudo_labels_from_small_masks_are_those_of_resized_ones():
+    masks, label = small_masks(4)
+    label[:, ::2] = UNSEEN
+    resized = F.interpolate(masks, label.shape[1:], mode="bilinear", align_corners=False)
+    assert torch.equal(pseudo_label(masks, label, (1, 4, 5)), pseudo_label(resized, label, (1, 4, 5)))
+
+
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason="the vectors recorded from the authors' code are not here")
+@pytest.mark.parametrize("name", ["upsample", "same_size", "all_ignored"])
+@pytest.mark.parametrize("method, auxiliary", [("spt", "ssim"), ("zegclip", "dice")])
+def test_split_losses_reproduce_the_authors_vectors(method, auxiliary, name):
+    recorded = load_file(REFERENCE / f"{method}_loss_{name}.safetensors")
+    masks, label = recorded["input.logits"].requires_grad_(), recorded["input.label"]
+    num_masks = present_classes(label, masks.shape[1]).sum().clamp(min=1)
+    focal, other = split_losses(masks, label, auxiliary, num_masks)
+    for term, loss in {"mask": 100 * focal, auxiliary: other}.items():
+        expected, slope = recorded[f"output.loss_{term}"][0], recorded[f"output.grad.loss_{term}"]
+        found = torch.autograd.grad(loss, masks, retain_graph=True)[0]
+        assert torch.isclose(loss, expected, rtol=1e-5, atol=1e-7)
+        assert (found - slope).abs().max() <= 1e-5 * slope.abs().max()
