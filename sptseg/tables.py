@@ -244,7 +244,7 @@ def table_numbers(
     extra = [name for column in columns for name in (f"{column} std", f"published {column}")]
     return frame.drop(columns=[name for name in extra if frame[name].isna().all()])
 
-# %% ../nbs/96_tables.ipynb #6794ba16
+# %% ../nbs/96_tables.ipynb #356cb3c3
 def best_rows(
     numbers: pd.DataFrame,  # of `table_numbers`
     column: str,
@@ -266,7 +266,8 @@ def printed(
     if pd.isna(numbers[column]):
         return "n/a" if percent and numbers["runs"] else "not measured"
     spread = numbers.get(f"{column} std")
-    mean = f"{numbers[column]:.1f}" if percent else f"{numbers[column]:.4g}"
+    digits = 2 if column.endswith(("images/s", "GiB")) else 4
+    mean = f"{numbers[column]:.1f}" if percent else f"{float(f'{numbers[column]:.{digits}g}'):g}"
     return mean if spread is None or pd.isna(spread) else f"{mean} ± {spread:.1f}"
 
 # %% ../nbs/96_tables.ipynb #a7d7a4db
