@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AUXILIARY', 'RADIUS', 'SIGMA', 'C1', 'C2', 'BELL', 'WINDOW', 'PIXELS', 'check_label', 'one_hot_target',
            'present_classes', 'count_masks', 'focal_loss', 'dice_loss', 'ssim_loss', 'whole_losses', 'blur_axis',
-           'Axis', 'make_axis', 'along', 'EmptyFocal', 'EmptySimilarity', 'Blur', 'similarity', 'similarity_loss',
+           'Axis', 'make_axis', 'along', 'FocalOfNegatives', 'EmptySimilarity', 'Blur', 'Similarity', 'similarity_loss',
            'map_losses', 'few_maps', 'FewMaps', 'full_precision', 'split_losses', 'segmentation_loss', 'pseudo_label']
 
 # %% ../nbs/50_losses.ipynb #9817ed46
@@ -165,23 +165,24 @@ def along(
     """Apply one matrix to the rows and one to the columns of every map."""
     return rows @ maps @ columns.mT
 
-# %% ../nbs/50_losses.ipynb #765583b3
-class EmptyFocal(torch.autograd.Function):
-    """Focal loss of maps without a positive pixel: mean over pixels, sum over maps (n, H, W)."""
+# %% ../nbs/50_losses.ipynb #dfcc4e81
+class FocalOfNegatives(torch.autograd.Function):
+    """Focal loss of pixels whose target is 0: mean over pixels, weighted, sum over maps (n, H, W)."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor) -> Tensor:
+    def forward(ctx, logits: Tensor, weight: Tensor | None) -> Tensor:
         probability, cross_entropy = logits.sigmoid(), F.softplus(logits)
-        weight = (probability * probability).mul_(0.75 / logits[0].numel())
-        loss = (weight * cross_entropy).sum()
-        slope = cross_entropy.mul_(1 - probability).mul_(2).add_(probability).mul_(weight)
+        factor = (probability * probability).mul_(0.75 / logits[0].numel())
+        factor = factor if weight is None else factor.mul_(weight)
+        loss = (factor * cross_entropy).sum()
+        slope = cross_entropy.mul_(1 - probability).mul_(2).add_(probability).mul_(factor)
         ctx.save_for_backward(slope)
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return ctx.saved_tensors[0] * gradient
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0] * gradient, None
 
 
 class EmptySimilarity(torch.autograd.Function):
@@ -204,7 +205,7 @@ class EmptySimilarity(torch.autograd.Function):
         by_mean, by_square = ctx.saved_tensors
         return by_mean * gradient, by_square * gradient
 
-# %% ../nbs/50_losses.ipynb #322883ba
+# %% ../nbs/50_losses.ipynb #fba0fb87
 class Blur(torch.autograd.Function):
     """SSIM's Gaussian filter with zeros outside (n, H, W); it is its own adjoint."""
 
@@ -217,27 +218,35 @@ class Blur(torch.autograd.Function):
         return Blur.apply(gradient)
 
 
-def similarity(
-    mean: Tensor,  # μ_x, (n, H, W)
-    mean_square: Tensor,  # local mean of x², (n, H, W)
-    logits: Tensor,  # x, (n, H, W)
-    target: Tensor,  # t, (n, H, W), 0 or 1
-) -> Tensor:  # scalar
-    """SSIM: mean over pixels, sum over maps."""
-    mean_target, product = Blur.apply(target), Blur.apply(logits * target)
-    energy, target_energy, cross = mean * mean, mean_target * mean_target, mean * mean_target
-    variances = mean_square - energy + mean_target - target_energy
-    luminance = (2 * cross + C1) / (energy + target_energy + C1)
-    return (luminance * (2 * (product - cross) + C2) / (variances + C2)).mean((1, 2)).sum()
+class Similarity(torch.autograd.Function):
+    """SSIM of maps and binary targets from their local means: mean over pixels, sum over maps (n, H, W)."""
 
-# %% ../nbs/50_losses.ipynb #13a649c8
+    @staticmethod
+    def forward(ctx, mean: Tensor, mean_square: Tensor, mean_target: Tensor, product: Tensor) -> Tensor:
+        cross, energies = mean * mean_target, mean * mean + mean_target * mean_target
+        top_luminance, luminance = 2 * cross + C1, energies + C1
+        top_contrast, contrast = 2 * (product - cross) + C2, mean_square + mean_target - energies + C2
+        scale = 1 / (luminance * contrast * mean[0].numel())
+        similarity = top_luminance * top_contrast * scale
+        by_square = similarity / contrast
+        by_mean = mean * (by_square - similarity / luminance) + mean_target * (top_contrast - top_luminance) * scale
+        ctx.save_for_backward(2 * by_mean, by_square.neg_(), 2 * top_luminance * scale)
+        return similarity.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        by_mean, by_square, by_product = ctx.saved_tensors
+        return by_mean * gradient, by_square * gradient, None, by_product * gradient
+
+# %% ../nbs/50_losses.ipynb #3dcda6a8
 def similarity_loss(masks: Tensor, logits: Tensor, target: Tensor | None, rows: Axis, columns: Axis) -> Tensor:
     """Sum of 1 - SSIM over maps, from masks (n, h, w), their resized form x and t (n, H, W)."""
     mean = along(rows.mean, masks, columns.mean)
     mean_square = along(rows.mean_square, along(rows.halve, masks, columns.halve).square(), columns.mean_square)
     if target is None:
         return len(masks) - EmptySimilarity.apply(mean, mean_square)
-    return len(masks) - similarity(mean, mean_square, logits, target)
+    return len(masks) - Similarity.apply(mean, mean_square, Blur.apply(target), Blur.apply(logits * target))
 
 
 def map_losses(
@@ -250,7 +259,8 @@ def map_losses(
     """Losses of a few maps."""
     logits = along(rows.resize, masks, columns.resize)
     empty = target is None
-    losses = [EmptyFocal.apply(logits) if empty else focal_loss(logits[None], target[None], 1.0)]
+    flipped, weight = (logits, None) if empty else (logits * (1 - 2 * target), 1 - 2 * target / 3)
+    losses = [FocalOfNegatives.apply(flipped, weight)]
     if auxiliary == "dice" and not empty:
         losses.append(dice_loss(logits[None], target[None], 1.0))
     if auxiliary == "ssim":

@@ -16,8 +16,9 @@ import sptseg.losses
 from sptseg.core import IGNORE, UNSEEN, UserError
 from sptseg.losses import (
     Blur,
-    EmptyFocal,
     EmptySimilarity,
+    FocalOfNegatives,
+    Similarity,
     along,
     count_masks,
     dice_loss,
@@ -249,11 +250,14 @@ def test_gradients_are_the_derivatives(seed, auxiliary):
     assert torch.autograd.gradcheck(losses, masks)
 
 
-@pytest.mark.parametrize("function", [EmptyFocal, EmptySimilarity, Blur])
-def test_hand_written_derivatives_are_right(function):
-    maps = torch.randn(2, 6, 5, dtype=torch.float64)
-    inputs = [maps, (maps + 1) ** 2] if function is EmptySimilarity else [maps]
-    assert torch.autograd.gradcheck(function.apply, [tensor.detach().requires_grad_() for tensor in inputs])
+def test_hand_written_derivatives_are_right():
+    maps, target = torch.randn(2, 6, 5, dtype=torch.float64), torch.randint(0, 2, (2, 6, 5)).double()
+    x, square, product = (part.requires_grad_() for part in (maps, (maps + 1) ** 2, maps * target))
+    assert torch.autograd.gradcheck(Blur.apply, [x])
+    assert torch.autograd.gradcheck(FocalOfNegatives.apply, [x, None])
+    assert torch.autograd.gradcheck(FocalOfNegatives.apply, [x, target])
+    assert torch.autograd.gradcheck(EmptySimilarity.apply, [x, square])
+    assert torch.autograd.gradcheck(Similarity.apply, [x, square, Blur.apply(target), product])
 
 
 def test_local_means_come_from_the_small_masks():
