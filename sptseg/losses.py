@@ -165,7 +165,7 @@ def along(
     """Apply one matrix to the rows and one to the columns of every map."""
     return rows @ maps @ columns.mT
 
-# %% ../nbs/50_losses.ipynb #dfcc4e81
+# %% ../nbs/50_losses.ipynb #2caee023
 class FocalOfNegatives(torch.autograd.Function):
     """Focal loss of pixels whose target is 0: mean over pixels, weighted, sum over maps (n, H, W)."""
 
@@ -184,7 +184,7 @@ class FocalOfNegatives(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.saved_tensors[0] * gradient, None
 
-
+# %% ../nbs/50_losses.ipynb #96d70718
 class EmptySimilarity(torch.autograd.Function):
     """SSIM of maps without a positive pixel from their local means: mean over pixels, sum over maps (n, H, W)."""
 
@@ -205,7 +205,7 @@ class EmptySimilarity(torch.autograd.Function):
         by_mean, by_square = ctx.saved_tensors
         return by_mean * gradient, by_square * gradient
 
-# %% ../nbs/50_losses.ipynb #fba0fb87
+# %% ../nbs/50_losses.ipynb #71fe06aa
 class Blur(torch.autograd.Function):
     """SSIM's Gaussian filter with zeros outside (n, H, W); it is its own adjoint."""
 
@@ -217,7 +217,7 @@ class Blur(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> Tensor:
         return Blur.apply(gradient)
 
-
+# %% ../nbs/50_losses.ipynb #f7592da7
 class Similarity(torch.autograd.Function):
     """SSIM of maps and binary targets from their local means: mean over pixels, sum over maps (n, H, W)."""
 
@@ -239,16 +239,23 @@ class Similarity(torch.autograd.Function):
         by_mean, by_square, by_product = ctx.saved_tensors
         return by_mean * gradient, by_square * gradient, None, by_product * gradient
 
-# %% ../nbs/50_losses.ipynb #3dcda6a8
-def similarity_loss(masks: Tensor, logits: Tensor, target: Tensor | None, rows: Axis, columns: Axis) -> Tensor:
-    """Sum of 1 - SSIM over maps, from masks (n, h, w), their resized form x and t (n, H, W)."""
+# %% ../nbs/50_losses.ipynb #c109a617
+def similarity_loss(
+    masks: Tensor,  # m, (n, h, w)
+    logits: Tensor,  # x, (n, H, W), the masks resized
+    target: Tensor | None,  # t, (n, H, W); None if no map has a positive pixel
+    rows: Axis,
+    columns: Axis,
+) -> Tensor:  # scalar
+    """1 - SSIM: mean over pixels, sum over maps."""
     mean = along(rows.mean, masks, columns.mean)
-    mean_square = along(rows.mean_square, along(rows.halve, masks, columns.halve).square(), columns.mean_square)
+    points = along(rows.halve, masks, columns.halve)
+    mean_square = along(rows.mean_square, points * points, columns.mean_square)
     if target is None:
         return len(masks) - EmptySimilarity.apply(mean, mean_square)
     return len(masks) - Similarity.apply(mean, mean_square, Blur.apply(target), Blur.apply(logits * target))
 
-
+# %% ../nbs/50_losses.ipynb #799b5b22
 def map_losses(
     masks: Tensor,  # m, (n, h, w), of any n pairs of picture and class
     target: Tensor | None,  # t, (n, H, W); None if no map has a positive pixel
@@ -270,7 +277,7 @@ def map_losses(
         losses.append(len(masks) * ssim_loss(logits.sigmoid()[None], target[None]))
     return losses
 
-# %% ../nbs/50_losses.ipynb #2befb2f7
+# %% ../nbs/50_losses.ipynb #455b9531
 PIXELS = {"cpu": 2**18, "cuda": 2**24}  # resized pixels in work at a time: what fits a cache, what occupies a GPU
 
 
@@ -288,7 +295,7 @@ def few_maps(
         picture, number = index // present.shape[1], index % present.shape[1]
         yield index, (label[picture] == number[:, None, None]).to(dtype)
 
-
+# %% ../nbs/50_losses.ipynb #42f31894
 class FewMaps(torch.autograd.Function):
     """Sums of `map_losses` over all maps and their gradients, a few maps at a time."""
 
