@@ -510,7 +510,7 @@ def radial_mean(
     rings = range(min(grid) // 2 + 1)
     return np.array(rings) / min(grid), np.stack([values[ring == r].mean(0) for r in rings])
 
-# %% ../nbs/98_figures.ipynb #532f39d5
+# %% ../nbs/98_figures.ipynb #9fb31a89
 @torch.no_grad()
 def filter_pictures(
     spectral: SpectralPrompt,
@@ -541,7 +541,7 @@ def draw_amplitudes(
         axis.fill_between(distance, low, high, color=colour, alpha=0.15, linewidth=0)
         axis.plot(distance, middle, line, color=colour, label=label)
     axis.set(xlabel="frequency, cycles per patch", ylabel="amplitude |W|", xlim=(0, 0.5), ylim=(0, None))
-    axis.set_title("all channels: median, 10–90 %")
+    axis.set_title("all channels (10–90 %)")
     axis.legend(loc="best")
 
 # %% ../nbs/98_figures.ipynb #615ccb87
@@ -633,7 +633,7 @@ def power_by_frequency(
     distance, means = radial_mean(power.numpy(), maps.shape[1:3])
     return distance[1:], means[1:] / means[1]
 
-# %% ../nbs/98_figures.ipynb #ecf7a474
+# %% ../nbs/98_figures.ipynb #84b393c1
 @in_style()
 def plot_branches(
     pictures: Sequence[Tensor],  # B pictures (3, H, W) uint8
@@ -653,7 +653,7 @@ def plot_branches(
     axis = right.subplots()
     for (name, values), colour, marker in zip(maps.items(), ("black", COLOURS[1], COLOURS[0]), "sDo", strict=False):
         axis.plot(*power_by_frequency(values), color=colour, marker=marker, label=name)
-    axis.set(xlabel="frequency, cycles per patch", yscale="log", title="power, relative to the lowest frequency")
+    axis.set(xlabel="frequency, cycles per patch", yscale="log", ylabel="power, relative to the lowest")
     axis.legend(loc="best")
     axis.grid()
     return figure
