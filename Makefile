@@ -1,6 +1,6 @@
 # Every command of the project in one word; `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lab wheel export check lint format hooks clean
+.PHONY: help install demo tables table1 table2 table3 table4 losses options efficiency figures dry test lab wheel export check lint format hooks clean
 
 # An active environment is used as it is (conda's base is left alone); otherwise .venv is made here.
 PYTHON ?= python3
@@ -19,7 +19,9 @@ PY := "$(BIN)/python"
 STAMP := $(ENV)/.sptseg-$(shell { pwd; cat pyproject.toml settings.ini; } | cksum | cut -d ' ' -f 1)
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))
 DEMO := data/runs/demo
-SEEDS ?= 0
+BENCH ?= glyphs-20
+JOBS ?= 2
+TARGET ?= tables
 
 export PATH := $(BIN):$(PATH)
 # glibc gives large freed blocks back to the system at once, which costs half of a training on a CPU
@@ -30,11 +32,12 @@ export OMP_WAIT_POLICY := PASSIVE
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 install: $(STAMP) ## make .venv unless an environment is active, and install sptseg with its tools
 	@echo "sptseg is installed in $(ENV)"
 
+demo: SEEDS ?= 0
 # one thread: the demo's matrices are so small that a second one costs more than it brings
 demo: $(STAMP) ## train ZegCLIP and SPT-SEG on the built-in benchmark, compare them (SEEDS=0,1,2: three times)
 	@mkdir -p $(DEMO)
@@ -42,6 +45,56 @@ demo: $(STAMP) ## train ZegCLIP and SPT-SEG on the built-in benchmark, compare t
 		-y '{seeds: [$(SEEDS)], command: "make demo SEEDS=$(SEEDS)"}'
 	@echo "executed notebook: $(DEMO)/demo.ipynb"
 	@find $(DEMO) -name '*.png' | sort | sed 's/^/figure: /'
+
+# see Snakefile; Snakemake's own lock would survive a kill, so the Snakefile takes another one
+define batch
+	@$(PY) -c 'import sys; sys.version_info < (3, 11) and sys.exit("error: the batch needs Python 3.11 or newer, as Snakemake does; single runs by papermill do not")'
+	@echo "looking for what is missing or out of date for: $(1) (BENCH=$(BENCH) SEEDS=$(SEEDS) JOBS=$(JOBS))"
+	@snakemake --cores $(JOBS) --jobs $(JOBS) --keep-going --rerun-incomplete --nolock --forcerun train draw_table draw_figures \
+		--config bench=$(BENCH) seeds=$(SEEDS) --quiet host reason $(if $(2),$(2),rules progress) $(SNAKEMAKE) -- $(1)
+endef
+done = @echo "up to date: $(1)"
+
+tables table1 table2 table3 table4 losses options efficiency figures dry: SEEDS ?= 3
+
+tables: $(STAMP) ## all tables, from the runs that they need (BENCH=glyphs-20|voc|coco SEEDS=3 JOBS=2)
+	$(call batch,$@)
+	@for file in figures/$(BENCH)-*.md; do echo "up to date: $$file"; done
+
+table1: $(STAMP) ## Table 1: zero-shot segmentation
+	$(call batch,$@)
+	$(call done,figures/$(BENCH)-$@.md)
+
+table2: $(STAMP) ## Table 2: spectral prompts and spectral guided decoder
+	$(call batch,$@)
+	$(call done,figures/$(BENCH)-$@.md)
+
+table3: $(STAMP) ## Table 3: blocks with a spectral prompt
+	$(call batch,$@)
+	$(call done,figures/$(BENCH)-$@.md)
+
+table4: $(STAMP) ## Table 4: decoder layers
+	$(call batch,$@)
+	$(call done,figures/$(BENCH)-$@.md)
+
+losses: $(STAMP) ## table of losses
+	$(call batch,$@)
+	$(call done,figures/$(BENCH)-$@.md)
+
+options: $(STAMP) ## table of the points where the authors' code and paper differ
+	$(call batch,$@)
+	$(call done,figures/$(BENCH)-$@.md)
+
+efficiency: $(STAMP) ## table of parameters, operations and speed
+	$(call batch,$@)
+	$(call done,figures/$(BENCH)-$@.md)
+
+figures: $(STAMP) ## all figures, from the runs that they need
+	$(call batch,$@)
+	@for file in figures/$(BENCH)-*.png; do echo "up to date: $$file"; done
+
+dry: $(STAMP) ## what `make tables` would run, or another target: make dry TARGET=table2
+	$(call batch,$(TARGET),--dry-run)
 
 test: $(STAMP) ## check that all is in sync and formatted, run every notebook and every test
 	@echo "== 1/4 notebooks are clean; library and README are in sync with them"
@@ -81,7 +134,7 @@ hooks: $(STAMP) ## git and Jupyter hooks: clean on save, merge notebooks, check 
 	pre-commit install
 
 clean: ## remove caches and built packages; environments, data and runs stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache _proc
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .snakemake _proc
 	find nbs sptseg tests data figures -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
 $(ENV)/bin/python:

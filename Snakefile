@@ -1,0 +1,137 @@
+# The batch: every run, table and figure, made again only if it is missing or out of date.
+#
+#   make tables BENCH=glyphs-20 SEEDS=3 JOBS=2     all tables (make table1, … for one), three seeds, two runs at a time
+#   make figures                                   all figures
+#   make dry TARGET=tables                         what would run
+#
+# How to read this file: a rule says how a file (output) is made from others (input) by a command (shell), for every value
+# of the names in braces. Snakemake starts from the rule that was asked for (tables, table1, figures, …), looks which files
+# it needs, and runs the commands that make them, as many at a time as JOBS says. In the commands, what stands behind
+# `--` is what one can type by hand; what stands before it is explained in nbs/97_batch.ipynb.
+#
+# Where to look: data/runs/<recipe>/seed<k>.ipynb is the executed notebook of a run, seed<k>.log what it printed (`tail -f`
+# shows how a long run gets on), the folder seed<k> holds checkpoint and weights. data/results/<recipe>/seed<k>.json is its
+# record, from which tables and figures are made.
+#
+# After a stop of any kind, the same command goes on: finished runs stay, unfinished ones continue from their checkpoint.
+# A run that fails does not stop the others. To have something made again, delete it.
+#
+# Several GPUs: JOBS=<how many>; every run gets one of its own. SLURM, from a login node with the folder on a shared disk:
+#   make tables BENCH=voc JOBS=20 SNAKEMAKE="--executor slurm --default-resources slurm_partition=gpu gpu=1 runtime=2880"
+
+import logging
+import sys
+
+from sptseg.batch import lock_batch, say, sums_agree, write_plan
+from sptseg.tables import is_current, record_path, recipes_of, rows_of, table_names
+
+BENCH = str(config.get("bench", "glyphs-20"))
+SEEDS = str(config.get("seeds", 3)).strip("()")  # "3" means seeds 0, 1, 2; "0,2" those two
+SEEDS = [int(seed) for seed in SEEDS.split(",")] if "," in SEEDS else list(range(int(SEEDS)))
+TABLES = table_names(BENCH)
+PARAMETERS = f"bench: {BENCH}, seeds: {SEEDS}, folder: figures"  # of the notebooks that draw
+
+# Snakemake tells every step at length; the commands below say more shortly how it goes. Errors and dry runs are shown.
+if "--dry-run" not in sys.argv:
+    logging.getLogger("snakemake.logging").setLevel(logging.ERROR)
+
+
+def records(tables):
+    """Records of all runs that some tables show."""
+    return [str(record_path(recipe, seed)) for recipe in recipes_of(tables, BENCH) for seed in SEEDS]
+
+
+def sources(tables):
+    """All files that decide what some tables show."""
+    rows = [row for table in tables for row in rows_of(table, BENCH)]
+    measured = [f"data/results/{row.record}.json" for row in rows if row.record]
+    recipes = [f"nbs/experiments/{name}.yaml" for row in rows for name in (row.recipe, row.of) if name]
+    return sorted({"data/tables.yaml", "data/published.json", *records(tables), *measured, *recipes})
+
+
+def sums(name):
+    """What a table, or the figures, were made from: a list of SHA-256 sums of sources and products."""
+    return f"data/results/sums/{BENCH}-{name}.txt"
+
+
+# What is out of date is decided by content, since git keeps no times: a record that another recipe made, a table whose
+# sources changed or whose files were deleted. Only such files are inputs below, and `--forcerun` makes Snakemake make all
+# of them. A rule without input would always run; if nothing is out of date, its input is data/tables.yaml.
+OUTDATED = {
+    *(str(record_path(recipe, seed)) for recipe in recipes_of(TABLES, BENCH) for seed in SEEDS if not is_current(recipe, seed)),
+    *(sums(table) for table in TABLES if not sums_agree(sums(table), sources([table]))),
+    *(sums("figures") for _ in [1] if not sums_agree(sums("figures"), sources(TABLES))),
+}
+PLAN = set()  # records that this batch makes, for the estimate of time
+
+
+def outdated(files):
+    found = [name for name in files if name in OUTDATED]
+    PLAN.update(name for name in found if name.endswith(".json"))
+    return found or ["data/tables.yaml"]
+
+
+rule tables:
+    input: outdated(sums(table) for table in TABLES)
+
+
+for name in TABLES:  # the rules table1, table2, …
+    rule:
+        name: name
+        input: outdated([sums(name)])
+
+
+rule figures:
+    input: outdated([sums("figures")])
+
+
+# One run: a recipe with a seed. Checkpoint and weights are no outputs: Snakemake deletes the outputs of what failed.
+rule train:
+    output: "data/results/{recipe}/seed{seed}.json"
+    log: "data/runs/{recipe}/seed{seed}.ipynb", "data/runs/{recipe}/seed{seed}.log"
+    message: "run {wildcards.recipe}, seed {wildcards.seed}"
+    shell:
+        "python -m sptseg.batch row {wildcards.recipe} {wildcards.seed} -- "
+        "papermill nbs/runs/train.ipynb {log[0]} --log-output --no-progress-bar -f nbs/experiments/{wildcards.recipe}.yaml"
+        " -p seed {wildcards.seed} -p out data/runs/{wildcards.recipe}/seed{wildcards.seed} -p record {output}"
+
+
+# One table, as Markdown, CSV and LaTeX in figures/.
+rule draw_table:
+    input: lambda wildcards: outdated(records([wildcards.table]))
+    output: "data/results/sums/{bench}-{table}.txt"
+    log: "data/runs/tables/{bench}-{table}.ipynb", "data/runs/tables/{bench}-{table}.log"
+    message: "write figures/{wildcards.bench}-{wildcards.table}.md, .csv, .tex"
+    wildcard_constraints: bench=BENCH, table="|".join(TABLES)
+    params: sources=lambda wildcards: sources([wildcards.table])
+    shell:
+        "python -m sptseg.batch step 'figures/{wildcards.bench}-{wildcards.table}.md, .csv, .tex' {log[0]} -- "
+        "papermill nbs/runs/tables.ipynb {log[0]} --log-output --no-progress-bar"
+        " -p table {wildcards.table} -y '{{{PARAMETERS}}}'"
+        " && python -m sptseg.batch sums {output} {params.sources} figures/{wildcards.bench}-{wildcards.table}.*"
+
+
+# All figures of a benchmark, as PDF and PNG in figures/.
+rule draw_figures:
+    input: lambda wildcards: outdated(records(TABLES))
+    output: "data/results/sums/{bench}-figures.txt"
+    log: "data/runs/figures/{bench}.ipynb", "data/runs/figures/{bench}.log"
+    message: "draw figures/{wildcards.bench}-*.pdf, .png"
+    wildcard_constraints: bench=BENCH
+    params: sources=sources(TABLES)
+    shell:
+        "python -m sptseg.batch step 'figures/{wildcards.bench}-*.pdf, .png' {log[0]} -- "
+        "papermill nbs/runs/figures.ipynb {log[0]} --log-output --no-progress-bar"
+        " -p results data/results -p runs data/runs -y '{{{PARAMETERS}}}'"
+        " && python -m sptseg.batch sums {output} {params.sources} figures/{wildcards.bench}-*.pdf figures/{wildcards.bench}-*.png"
+
+
+LOCKS = []
+
+onstart:
+    LOCKS.append(lock_batch())
+    write_plan(PLAN, workflow.cores)
+    say(f"runs to make: {len(PLAN)}, {workflow.cores} at a time; each shows its progress in data/runs/<recipe>/seed<k>.log")
+
+onerror:
+    say("Not everything was made; what FAILED is named above. The same command tries again and keeps what is finished.")
