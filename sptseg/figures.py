@@ -81,17 +81,16 @@ def look_of(
     """Always the same look for the same method."""
     return LOOKS.get(method, ([*COLOURS[2:6], COLOURS[7]][place % 5], "^v<>P"[place % 5]))
 
-# %% ../nbs/98_figures.ipynb #66fbf7f0
+# %% ../nbs/98_figures.ipynb #3673b697
 def write_png(
     figure: Figure,  # of any origin
     dpi: int,  # pixels per inch
     path: Path,  # file to write
 ) -> None:
-    """Write a figure as a PNG of at most 256 colours, a third of the size of one with all colours."""
+    """Write a figure as a PNG without transparency: smaller, and all colours are kept, for colour bars need them."""
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
-    picture = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    picture.save(path, format="png", optimize=True, dpi=(dpi, dpi))
+    Image.open(buffer).convert("RGB").save(path, format="png", optimize=True, dpi=(dpi, dpi))
 
 
 @style.context(["default", FILES])
@@ -99,7 +98,7 @@ def save_both(
     figure: Figure,  # of any origin
     folder: str | Path,  # made if needed
     name: str,  # without suffix
-    dpi: int = 160,  # pixels per inch of the PNG
+    dpi: int = 150,  # pixels per inch of the PNG
 ) -> tuple[Path, Path]:  # the PDF and the PNG
     """Write a figure twice, atomically; the same figure gives the same bytes."""
     figure.draw_without_rendering()
