@@ -362,7 +362,7 @@ def random_pictures(
         pairs.append(pair)
     return FileSamples(images=[image for image, _ in pairs], masks=[mask for _, mask in pairs])
 
-# %% ../nbs/64_complexity.ipynb #39f0ca13
+# %% ../nbs/64_complexity.ipynb #b501d859
 def train_step(
     model: Segmenter,
     optimiser: torch.optim.Optimizer,
@@ -375,8 +375,8 @@ def train_step(
     """One iteration of training: forward, backward, update."""
     images, label = batch
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=bf16):
-        logits = resize_masks(model(images, text).float(), label.shape[-2:])
-    loss = segmentation_loss(logits, label, auxiliary=auxiliary)["loss"]
+        masks = model(images, text)
+    loss = segmentation_loss(masks, label, auxiliary=auxiliary)["loss"]
     optimiser.zero_grad()
     loss.backward()
     optimiser.step()

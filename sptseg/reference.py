@@ -152,12 +152,11 @@ def decoder_queries(decoder, tensors: dict[str, Tensor]) -> Tensor:
     """The queries that enter the first layer (Eq. 8)."""
     return decoder.query_projection(relationship_descriptor(tensors["text"], tensors["global_embedding"]))
 
-# %% ../nbs/62_reference.ipynb #1b202bc0
+# %% ../nbs/62_reference.ipynb #9c8539fb
 def run_loss(tensors: dict[str, Tensor], state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
     """Outputs of a case of the losses."""
     logits = tensors["logits"].requires_grad_()
-    resized = resize_masks(logits, tuple(tensors["label"].shape[-2:]))
-    terms = loss_terms(resized, tensors["label"], config, config["auxiliary"])
+    terms = loss_terms(logits, tensors["label"], config, config["auxiliary"])
     total = terms.pop("total")
     gradients = {
         f"grad.{name}": torch.autograd.grad(term, logits, retain_graph=True)[0] for name, term in terms.items()

@@ -7,7 +7,7 @@ __all__ = ['CHECKPOINT', 'RECIPE', 'WEIGHTS', 'RESULTS', 'BatchSampler', 'train_
            'make_optimiser', 'claim_folder', 'save_checkpoint', 'load_checkpoint', 'Run', 'step', 'evaluate_run',
            'record', 'make_accelerator', 'finish', 'read_results', 'iterate', 'train']
 
-# %% ../nbs/92_train.ipynb #e99bf168
+# %% ../nbs/92_train.ipynb #05c047dd
 import json
 import math
 import pickle
@@ -28,10 +28,10 @@ from .core import UserError, provenance, read_yaml, save_json, write_atomically
 from .data.benchmarks import Benchmark
 from .data.transforms import SegmentationData, TrainTransform, sample_generator
 from .evaluate import evaluate, load_parts, lowered_classes, segmenter_predictor, test_loader
-from .losses import count_masks, one_hot_target, pseudo_label, segmentation_loss
+from .losses import present_classes, pseudo_label, segmentation_loss
 from .metrics import summarise
 from .recipe import WITHOUT_EFFECT, Recipe, learning_rate, phases
-from .segmenter import Segmenter, build_segmenter, resize_masks, save_segmenter
+from .segmenter import Segmenter, build_segmenter, save_segmenter
 from .splits import label_lookup, text_rows
 
 # %% ../nbs/92_train.ipynb #5beb98cd
@@ -97,7 +97,7 @@ def train_loader(
         pin_memory=torch.cuda.is_available(),
     )
 
-# %% ../nbs/92_train.ipynb #0723e4e8
+# %% ../nbs/92_train.ipynb #da707fd9
 def iteration_loss(
     model: torch.nn.Module,  # a `Segmenter`, possibly wrapped for several processes
     images: Tensor,  # (b, 3, c, c)
@@ -109,11 +109,11 @@ def iteration_loss(
 ) -> dict[str, Tensor]:  # weighted scalars, with their sum under "loss"
     """Losses of one batch; the number of masks is averaged over processes."""
     with accelerator.autocast():
-        logits = resize_masks(model(images, text).float(), label.shape[-2:])
+        masks = model(images, text)
     if unseen:
-        label = pseudo_label(logits, label, unseen)
-    num_masks = accelerator.reduce(count_masks(one_hot_target(label, len(text))), "mean")
-    return segmentation_loss(logits, label, auxiliary=auxiliary, num_masks=num_masks)
+        label = pseudo_label(masks, label, unseen)
+    num_masks = accelerator.reduce(present_classes(label, len(text)).sum().float(), "mean")
+    return segmentation_loss(masks, label, auxiliary=auxiliary, num_masks=num_masks)
 
 # %% ../nbs/92_train.ipynb #1033f4e3
 def set_iteration_seed(
