@@ -22,17 +22,17 @@
 import logging
 import sys
 
-from sptseg.batch import lock_batch, say, sums_agree, write_plan
+from sptseg.batch import lock_batch, read_seeds, say, sums_agree, write_plan
 from sptseg.tables import is_current, record_path, recipes_of, rows_of, table_names
 
 BENCH = str(config.get("bench", "glyphs-20"))
-SEEDS = str(config.get("seeds", 3)).strip("()")  # "3" means seeds 0, 1, 2; "0,2" those two
-SEEDS = [int(seed) for seed in SEEDS.split(",")] if "," in SEEDS else list(range(int(SEEDS)))
+SEEDS = read_seeds(config.get("seeds", 3))  # 3 means seeds 0, 1, 2; "0,2" those two
 TABLES = table_names(BENCH)
 PARAMETERS = f"bench: {BENCH}, seeds: {SEEDS}, folder: figures"  # of the notebooks that draw
 
-# Snakemake tells every step at length; the commands below say more shortly how it goes. Errors and dry runs are shown.
-if "--dry-run" not in sys.argv:
+# Snakemake tells every step at length; the commands below say more shortly how it goes. Errors, dry runs and what
+# clusters do are shown.
+if not {"-n", "--dry-run", "--executor"} & set(sys.argv):
     logging.getLogger("snakemake.logging").setLevel(logging.ERROR)
 
 
