@@ -165,7 +165,7 @@ def readable_time(
     minutes = seconds / 60
     return f"{seconds:.0f} s" if seconds < 100 else f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
 
-# %% ../nbs/97_batch.ipynb #d3f168a0
+# %% ../nbs/97_batch.ipynb #1d271acf
 def say(
     what: str,
 ) -> None:
@@ -217,7 +217,7 @@ def run_row(
     with lock:
         if earlier := set_aside(recipe, seed):
             say(f"changed  {recipe}, seed {seed}: the run of the earlier recipe is now {earlier}")
-        again = " (continues)" if (out / "checkpoint.pt").exists() else ""
+        again = " (continues)" if any(out.glob("checkpoint-*.pt")) else ""
         return run_reported(f"{recipe}, seed {seed}{again}", f"{out}.ipynb", command)
 
 # %% ../nbs/97_batch.ipynb #3273b08e

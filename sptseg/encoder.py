@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['parse_blocks', 'embed_patches', 'PromptedEncoder', 'run_block']
 
-# %% ../nbs/31_encoder.ipynb #c5f9b500
+# %% ../nbs/31_encoder.ipynb #ff5395ca
 import re
+from functools import partial
 
 import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .clip import interpolate_position_embedding
 from .core import UserError
@@ -45,7 +47,7 @@ def embed_patches(
     cls = (class_embedding_count * visual.class_embedding + position[0]).expand(len(images), 1, -1)
     return visual.ln_pre(torch.cat([cls, maps.flatten(2).mT + position[1:]], 1))
 
-# %% ../nbs/31_encoder.ipynb #34cce764
+# %% ../nbs/31_encoder.ipynb #0858b02e
 class PromptedEncoder(nn.Module):
     """CLIP's frozen image encoder with learned prompts."""
 
@@ -59,6 +61,7 @@ class PromptedEncoder(nn.Module):
         class_embedding_count: int = 2,  # 2 as in the releases, 1 as in CLIP
     ):
         super().__init__()
+        self.checkpointing = False  # whether blocks are computed again in the backward pass, to save memory
         self.visual = visual.requires_grad_(False).eval()
         self.deep_prompts, self.spectral_prompt = deep_prompts, spectral_prompt
         self.spectral_blocks, self.class_embedding_count = tuple(spectral_blocks), class_embedding_count
@@ -79,11 +82,13 @@ class PromptedEncoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # patch embeddings (B, d, h, w) and cls embedding (B, d), each of length 1
         grid = tuple(side // size for side, size in zip(images.shape[-2:], self.visual.patch_size, strict=True))
         tokens = embed_patches(self.visual, images, self.class_embedding_count)
-        prompts = self.deep_prompts(len(images))
+        prompts, run = self.deep_prompts(len(images)), run_block
+        if self.checkpointing and torch.is_grad_enabled():  # frozen blocks draw no random numbers
+            run = partial(checkpoint, run_block, use_reentrant=False, preserve_rng_state=False)
         for index, block in enumerate(self.visual.transformer.resblocks):
             if index + 1 in self.spectral_blocks:
                 tokens = self.add_spectral(tokens, grid)
-            tokens = run_block(block, tokens, prompts[index] if index < len(prompts) else None)
+            tokens = run(block, tokens, prompts[index] if index < len(prompts) else None)
         embeddings = F.normalize(self.visual.ln_post(self.prompt_norm(tokens)) @ self.visual.proj, dim=-1)
         return embeddings[:, 1:].mT.unflatten(2, grid), embeddings[:, 0]
 

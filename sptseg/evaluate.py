@@ -7,7 +7,7 @@ __all__ = ['benchmark_of', 'load_parts', 'lowered_classes', 'test_loader', 'eval
            'training_free_predictor', 'predict_samples', 'labels_for', 'recipe_of_run', 'load_model',
            'evaluate_weights']
 
-# %% ../nbs/91_evaluate.ipynb #7c6fac16
+# %% ../nbs/91_evaluate.ipynb #5ec4c09b
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from .clip import ClipModel, class_embeddings, load_clip, load_text_embeddings
@@ -64,16 +64,18 @@ def lowered_classes(
     """Seen classes are lowered after inductive training only."""
     return labels.seen if setting == "inductive" and labels.unseen else ()
 
-# %% ../nbs/91_evaluate.ipynb #f4bd323e
+# %% ../nbs/91_evaluate.ipynb #cbde51e2
 def test_loader(
     benchmark: Benchmark,
     short_side: int,  # pixels, as in training
     workers: int = 0,  # processes that prepare pictures
+    rank: int = 0,  # this process
+    processes: int = 1,  # that share the pictures
 ) -> DataLoader:  # batches of one picture: normalised (1, 3, h, w), mask (1, H, W) with all labels, name
-    """Test pictures in order."""
+    """Test pictures in order; P processes get every P-th each, so that each picture is counted once."""
     lookup = label_lookup(benchmark.labels, "supervised")
     data = SegmentationData(benchmark.val, lookup=lookup, transform=TestTransform(short_side=short_side))
-    return DataLoader(data, num_workers=workers)
+    return DataLoader(Subset(data, range(rank, len(data), processes)), num_workers=workers)
 
 
 def evaluate(
@@ -82,7 +84,7 @@ def evaluate(
     labels: LabelSet,
     progress: bool = True,  # whether to show a progress bar
 ) -> dict:  # pAcc, mIoU(S), mIoU(U), hIoU, mIoU in percent, and "IoU" by class name; see `Scores.as_dict`
-    """Metrics of a way to label pixels."""
+    """Metrics of a way to label pixels; several processes add up their counts."""
     metrics = SegmentationMetrics(labels)
     for image, mask, _ in tqdm(loader, desc="evaluate", disable=not progress, leave=False):
         prediction = predict(image, tuple(mask.shape[-2:]))

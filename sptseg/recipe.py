@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 from .core import UserError, asset_path, read_yaml
 from .segmenter import METHODS, SegmenterConfig
 
-# %% ../nbs/90_recipe.ipynb #78dcf8e2
+# %% ../nbs/90_recipe.ipynb #6f786b89
 class Recipe(BaseModel):
     """Everything about one training run."""
 
@@ -56,9 +56,18 @@ class Recipe(BaseModel):
     warmup_iterations: NonNegativeInt = 1500
     mixed_precision: Literal["no", "bf16"] = "no"
     seed: NonNegativeInt = 0
+    # the machine: how a batch is computed
+    n_proc: PositiveInt = 1  # processes of this computer that share every batch, on a GPU each if there are any
+    micro_batches: PositiveInt = 1  # parts of a process's share of a batch, one after another: less memory
+    gradient_checkpointing: bool = False  # compute CLIP's blocks again in the backward pass: less memory
+    deterministic: bool = False  # only operations that give the same bits every time, on a GPU too
     # bookkeeping
     eval_every: PositiveInt = 2000  # iterations between evaluations
     checkpoint_every: PositiveInt = 2000  # iterations between checkpoints
+    keep_checkpoints: PositiveInt = 2  # so many checkpoints stay
+    best_by: Literal["hIoU", "mIoU", "mIoU(S)", "mIoU(U)", "pAcc"] = (
+        "hIoU"  # the best evaluation is the one with the highest
+    )
 
     def segmenter_config(self) -> SegmenterConfig:  # the model's part, with the method's choices filled in
         overrides = {
@@ -73,7 +82,11 @@ class Recipe(BaseModel):
         return None if chosen == "none" else chosen
 
 
-WITHOUT_EFFECT = ("data_root", "workers")  # keys that do not influence a result: they may change when a run continues
+# keys that say how something is computed, not what: they may change when a run continues
+WITHOUT_EFFECT = (
+    *("data_root", "workers", "n_proc", "micro_batches", "gradient_checkpointing", "deterministic"),
+    "keep_checkpoints",
+)
 
 # %% ../nbs/90_recipe.ipynb #5988f4e8
 def check_recipe(

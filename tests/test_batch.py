@@ -102,7 +102,7 @@ def records(checkout):
 def unfinished(checkout):
     """Names of runs that have a checkpoint and no record."""
     runs = checkout / "data/runs/table1/tiny"
-    started = {path.parent.relative_to(runs).as_posix() for path in runs.rglob("checkpoint.pt")}
+    started = {path.parent.relative_to(runs).as_posix() for path in runs.rglob("checkpoint-*.pt")}
     return started - {name.removesuffix(".json") for name in records(checkout)}
 
 

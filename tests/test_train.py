@@ -15,13 +15,14 @@ import yaml
 from torch.utils.data import Dataset
 
 import sptseg.train
+from sptseg.checkpoint import checkpoints
 from sptseg.cli import main
 from sptseg.core import IGNORE, UserError
 from sptseg.data.benchmarks import Benchmark
 from sptseg.evaluate import load_parts
 from sptseg.recipe import check_recipe, learning_rate, phases
 from sptseg.splits import SETTINGS
-from sptseg.train import CHECKPOINT, RESULTS, WEIGHTS, BatchSampler, train
+from sptseg.train import BEST, RESULTS, WEIGHTS, BatchSampler, best_evaluation, note_on_seen_classes, train
 
 TINY = {
     **{"dataset": "glyphs-20", "image_size": 32, "num_prompts": 2, "decoder_layers": 2, "train_pictures": 6},
@@ -47,6 +48,11 @@ def weights_of(out, **changes):
     return (out / WEIGHTS).read_bytes()
 
 
+def newest(out):
+    """Content of the newest checkpoint."""
+    return torch.load(checkpoints(out)[0], weights_only=True)
+
+
 def snapshot(folder):
     """Content and time of change of every file."""
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
@@ -60,13 +66,12 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "sptseg.cli", *command, str(killed)], env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-    while not (killed / CHECKPOINT).exists() and process.poll() is None:
+    while not checkpoints(killed) and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it was killed in the middle, it did not end by itself"
     assert not (killed / WEIGHTS).exists() and not (killed / RESULTS).exists()
-    done = torch.load(killed / CHECKPOINT, weights_only=True)["iteration"]
-    assert 0 < done < 24
+    assert 0 < newest(killed)["iteration"] < 24
     for out in (killed, whole):
         assert main([*command, str(out)]) == 0
     assert (killed / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
@@ -155,8 +160,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     for _ in range(2):
         with pytest.raises(UserError, match=r"^iteration \d: the loss is (nan|inf); lower lr \(1e\+30\)") as error:
             train(recipe, tmp_path, progress=False)
-        kept.append((tmp_path / CHECKPOINT).read_bytes())
-        done = torch.load(tmp_path / CHECKPOINT, weights_only=True)["iteration"]
+        kept.append(checkpoints(tmp_path)[0].read_bytes())
+        done = newest(tmp_path)["iteration"]
         assert str(error.value).startswith(f"iteration {done}:") and done >= 1
     assert kept[0] == kept[1]
     assert not (tmp_path / WEIGHTS).exists() and not (tmp_path / RESULTS).exists()
@@ -207,14 +212,56 @@ DAMAGES["text"] = lambda path: path.write_text("not a checkpoint")
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path, damage):
-    train(tiny(), tmp_path, progress=False)
+    weights_of(tmp_path)
+    weights = (tmp_path / WEIGHTS).read_bytes()
     (tmp_path / RESULTS).unlink()
-    DAMAGES[damage](tmp_path / CHECKPOINT)
+    last, first = checkpoints(tmp_path)
+    DAMAGES[damage](last)
+    with pytest.warns(UserWarning, match=f"damaged checkpoint .*; continuing from {first.name}") as caught:
+        assert weights_of(tmp_path) == weights, "the run goes on from the checkpoint before"
+    assert str(caught[0].message).startswith(f"{last}: ") and "\n" not in str(caught[0].message)
+    (tmp_path / RESULTS).unlink()
+    for path in checkpoints(tmp_path):
+        DAMAGES[damage](path)
     before = snapshot(tmp_path)
     with pytest.raises(UserError, match="damaged checkpoint") as error:
         train(tiny(), tmp_path, progress=False)
-    assert str(error.value).startswith(f"{tmp_path / CHECKPOINT}: ") and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"{last}: ") and "\n" not in str(error.value)
     assert before.items() <= snapshot(tmp_path).items()
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_last_checkpoints_are_kept(tmp_path, keep):
+    train(tiny(iterations=5, keep_checkpoints=keep), tmp_path, progress=False)
+    numbers = [torch.load(path, weights_only=True)["iteration"] for path in checkpoints(tmp_path)]
+    assert numbers == [5, 4, 3, 2, 1][:keep]
+
+
+def test_the_best_evaluation_is_kept_and_the_last_one_reported(tmp_path):
+    results = train(tiny(iterations=4, eval_every=1, best_by="pAcc", lr=1e-2), tmp_path, progress=False)
+    rows = results["history"]["val"]
+    assert results["reported"] == "last" and results["metrics"]["pAcc"] == rows[-1]["pAcc"]
+    best = max(rows, key=lambda row: row["pAcc"])
+    assert results["best"]["by"] == "pAcc" and results["best"]["iteration"] == best["iteration"]
+    expected = tmp_path / "until"
+    train(tiny(iterations=4, eval_every=1, best_by="pAcc", lr=1e-2), expected, progress=False)
+    assert (expected / BEST).read_bytes() == (tmp_path / BEST).read_bytes()
+    assert ((tmp_path / BEST).read_bytes() == (tmp_path / WEIGHTS).read_bytes()) == (best is rows[-1])
+
+
+def test_best_evaluations_and_notes():
+    def row(iteration, seen, unseen, miou=0.0):
+        return {"iteration": iteration, "mIoU(S)": seen, "mIoU(U)": unseen, "mIoU": miou, "hIoU": unseen}
+
+    rows = [row(1, 10.0, 20.0), row(2, 30.0, 25.0), row(3, 40.0, 25.0), row(4, 50.0, 23.0)]
+    assert best_evaluation(rows, "hIoU") is rows[1], "the first of equals"
+    assert best_evaluation([row(1, 10.0, None, 5.0), row(2, 10.0, None, 9.0)], "hIoU")["iteration"] == 2
+    assert note_on_seen_classes(rows[:3]) is None
+    assert note_on_seen_classes(rows) == (
+        "since iteration 2, seen classes gain (mIoU(S) 30.0 → 50.0) and unseen ones lose (mIoU(U) 25.0 → 23.0)"
+    )
+    assert note_on_seen_classes([*rows[:2], row(3, 29.0, 5.0)]) is None, "both lose: that is no over-fitting"
+    assert note_on_seen_classes([row(1, 10.0, None)]) is None
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
@@ -259,17 +306,15 @@ def test_learning_rates_of_the_protocol(iteration, expected):
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("method", ["zegclip", "zegclip+spt", "zegclip+sgd", "spt-seg"])
 def test_every_method_trains_in_every_setting(tmp_path, monkeypatch, method, setting):
-    computing, calls = sptseg.train.iteration_loss, []
+    computing, calls = sptseg.train.segmentation_loss, []
 
-    def watch(model, images, label, text, unseen, *rest):
-        calls.append((len(text), len(unseen)))
-        return computing(model, images, label, text, unseen, *rest)
+    def watch(masks, *rest, **options):
+        calls.append(masks.shape[1])
+        return computing(masks, *rest, **options)
 
-    monkeypatch.setattr("sptseg.train.iteration_loss", watch)
+    monkeypatch.setattr("sptseg.train.segmentation_loss", watch)
     results = train(tiny(method=method, setting=setting), tmp_path, progress=False)
-    assert (
-        calls == {"inductive": [(15, 0)] * 2, "supervised": [(20, 0)] * 2, "transductive": [(15, 0), (20, 5)]}[setting]
-    )
+    assert calls == {"inductive": [15, 15], "supervised": [20, 20], "transductive": [15, 20]}[setting]
     rows = results["history"]["train"]
     assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
     assert ("ssim" if method == "spt-seg" else "dice") in rows[0]
@@ -281,7 +326,7 @@ def test_the_first_half_of_a_transductive_run_is_that_of_an_inductive_one(tmp_pa
     for setting in ("inductive", "transductive"):
         recipe = tiny(setting=setting, iterations=6, warmup_iterations=2)
         histories[setting] = train(recipe, tmp_path / setting, progress=False)["history"]["train"]
-        states[setting] = torch.load(tmp_path / setting / CHECKPOINT, weights_only=True)["optimiser"]["state"]
+        states[setting] = newest(tmp_path / setting)["optimiser"]["state"]
     assert histories["transductive"][:3] == histories["inductive"][:3]
     assert histories["transductive"][3] != histories["inductive"][3]
     steps = {setting: {int(state["step"]) for state in kept.values()} for setting, kept in states.items()}
