@@ -43,9 +43,10 @@ def default_folder(
     changes = [f"{key}={value}" for key, value in overrides.items() if key not in WITHOUT_EFFECT]
     return Path("runs", *stem.parts[:-1], "-".join([stem.name, *changes]).replace("/", "_"))
 
-# %% ../nbs/93_cli.ipynb #d7e153a4
+# %% ../nbs/93_cli.ipynb #5c887efc
 def run_train(arguments: argparse.Namespace) -> int:
     """`sptseg train`."""
+    from sptseg.launch import is_main
     from sptseg.metrics import summarise
     from sptseg.recipe import load_recipe
     from sptseg.train import train
@@ -54,8 +55,9 @@ def run_train(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, **overrides)
     out = arguments.out or default_folder(arguments.recipe, overrides)
     results = train(recipe, out, progress=not arguments.quiet)
-    print(summarise(results["metrics"]))
-    print(f"weights and results: {out}")
+    if is_main():
+        print(summarise(results["metrics"]))
+        print(f"weights and results: {out}")
     return 0
 
 

@@ -115,6 +115,20 @@ def test_slide_scores_equal_a_loop(size):
     assert labels.shape == (50, 40) and (labels != resized.argmax(1)[0]).sum() <= 3
 
 
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 40])
+@pytest.mark.parametrize("size", [(32, 32), (45, 71)])
+def test_labels_of_many_classes_are_those_of_all_scores_at_once(count, size):
+    model, image, text = make(), torch.randn(1, 3, *size), F.normalize(torch.randn(count, TEXT.shape[1]), dim=-1)
+    text = torch.cat([text, text[:1]])  # of two equal classes the first one counts
+    seen = tuple(range(0, count, 3))
+    with torch.no_grad():
+        scores = slide_scores(model, image, text, stride=26, seen=seen)
+    for output_size in (None, (50, 40)):
+        expected = resize_masks(scores, output_size or size).argmax(1)[0]
+        found = predict_labels(model, image, text, stride=26, seen=seen, output_size=output_size)
+        assert torch.equal(found, expected)
+
+
 def test_windows_may_be_oblong():
     image = torch.randn(1, 3, 50, 41)
     found = average_windows(lambda windows: windows + 1, image, window=(16, 40), stride=(11, 3))

@@ -151,6 +151,33 @@ def test_the_number_of_workers_does_not_matter(tmp_path):
     assert weights_of(alone, workers=0) == weights_of(helped, workers=2)
 
 
+def test_deterministic_runs_use_deterministic_operations_only(tmp_path, monkeypatch):
+    used, stepping = [], sptseg.train.step
+
+    def watch(*arguments):
+        used.append(torch.are_deterministic_algorithms_enabled())
+        return stepping(*arguments)
+
+    monkeypatch.setattr("sptseg.train.step", watch)
+    runs = [weights_of(tmp_path / name, deterministic=name != "plain") for name in ("plain", "one", "two")]
+    assert runs[0] == runs[1] == runs[2], "on one CPU thread, the plain run is deterministic, too"
+    assert used == [False, False, True, True, True, True]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_tensorboard_gets_losses_metrics_and_pictures(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tiny(eval_every=1, val_pictures=2), tmp_path, progress=False)
+    (events,) = tmp_path.rglob("events.out*")
+    log = EventAccumulator(str(events)).Reload()
+    assert [event.step for event in log.Scalars("train/loss")] == [1, 2]
+    assert [event.step for event in log.Scalars("val/mIoU(U)")] == [1, 2]
+    pictures = [log.Images(f"image, truth, prediction/{index}") for index in range(2)]
+    assert all([image.step for image in images] == [1, 2] for images in pictures)
+    assert (pictures[0][0].width, pictures[0][0].height) == (96, 32)
+
+
 def test_the_seed_does_matter(tmp_path):
     assert weights_of(tmp_path / "0", seed=0) != weights_of(tmp_path / "1", seed=1)
 
