@@ -6,7 +6,7 @@ from pathlib import Path
 import papermill
 import pytest
 
-from sptseg.recipe import Recipe
+from sptseg.recipe import Recipe, check_recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "nbs/runs"
@@ -24,6 +24,13 @@ def test_parameters_of_train_are_the_keys_of_a_recipe():
     assert parameters.keys() - {"out", "record"} == Recipe.model_fields.keys()
 
 
+def test_what_a_recipe_does_not_name_has_its_default(tmp_path):
+    given = {"dataset": "glyphs-20", "image_size": 32, "iterations": 1, "batch_size": 2, "val_pictures": 1}
+    run_notebook("train", tmp_path, out="run", **given)
+    used = json.loads((tmp_path / "run/results.json").read_text())["recipe"]
+    assert used == check_recipe(given).model_dump(mode="json") and used["train_pictures"] is None
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
@@ -34,6 +41,8 @@ def trained(tmp_path_factory):
 def test_train_notebook_leaves_results_weights_and_pictures(trained):
     run, executed = trained
     results = json.loads((run / "results.json").read_text())
+    expected = load_recipe("demo/smoke", iterations=130, eval_every=65)
+    assert results["recipe"] == expected.model_dump(mode="json"), "without a dataset: the smoke recipe"
     assert results["metrics"]["IoU"].keys() == set(results["metrics"]["IoU"]) and results["commit"]
     assert (run / "model.safetensors").exists() and (run / "pictures.png").exists()
     assert "image/png" in executed.read_text(), "the executed notebook shows pictures"
