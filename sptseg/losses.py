@@ -277,8 +277,8 @@ def map_losses(
         losses.append(len(masks) * ssim_loss(logits.sigmoid()[None], target[None]))
     return losses
 
-# %% ../nbs/50_losses.ipynb #455b9531
-PIXELS = {"cpu": 2**18, "cuda": 2**24}  # resized pixels in work at a time: what fits a cache, what occupies a GPU
+# %% ../nbs/50_losses.ipynb #c565d6d4
+PIXELS = {"cpu": 2**20, "cuda": 2**24}  # resized pixels in work at a time: few enough for a cache, enough for all cores
 
 
 def few_maps(
