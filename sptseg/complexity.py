@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'KINDS', 'FVCORE_KINDS', 'ELEMENTWISE', 'RULES', 'FREE', 'PARTS', 'vit_b_16', 'leftover_modules',
            'count_values', 'PictureScores', 'PlainCLIP', 'shape_of', 'attention_rule', 'fourier_rule',
-           'elementwise_rule', 'unfused', 'filter_computed_before', 'count_operations', 'conventions',
-           'release_detours', 'count_by_torch', 'part_of', 'by_part', 'multiply_adds_by_part', 'peak_memory', 'timed',
-           'random_pictures', 'train_step', 'measure_training']
+           'elementwise_rule', 'filter_computed_before', 'count_operations', 'conventions', 'release_detours',
+           'count_by_torch', 'part_of', 'by_part', 'multiply_adds_by_part', 'peak_memory', 'timed', 'random_pictures',
+           'train_step', 'measure_training']
 
-# %% ../nbs/64_complexity.ipynb #1bf5053c
+# %% ../nbs/64_complexity.ipynb #dd1242e9
 import math
 import sys
 import time
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .data.files import FileSamples
-from .encoder import PromptedEncoder
+from .encoder import PromptedEncoder, unfused
 from .hilo import head_split
 from .losses import segmentation_loss
 from .prompts import DeepPrompts
@@ -177,17 +177,6 @@ FREE = {
     "alias",
     "broadcast_tensors",
 }
-
-# %% ../nbs/64_complexity.ipynb #910c3ecc
-@contextmanager
-def unfused() -> Iterator[None]:
-    """Make PyTorch's attention layers run as their parts, which counters know."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 # %% ../nbs/64_complexity.ipynb #3e1dcf6a
 @contextmanager
