@@ -43,7 +43,7 @@ def default_folder(
     changes = [f"{key}={value}" for key, value in overrides.items() if key not in WITHOUT_EFFECT]
     return Path("runs", *stem.parts[:-1], "-".join([stem.name, *changes]).replace("/", "_"))
 
-# %% ../nbs/93_cli.ipynb #5c887efc
+# %% ../nbs/93_cli.ipynb #7b4bf57c
 def run_train(arguments: argparse.Namespace) -> int:
     """`sptseg train`."""
     from sptseg.launch import is_main
@@ -69,8 +69,9 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 
     folder, overrides = Path(arguments.run), parse_overrides(arguments.settings)
     recipe = load_recipe(arguments.recipe, **overrides) if arguments.recipe else recipe_of_run(folder, **overrides)
-    out = arguments.out or folder / f"evaluation-{recipe.dataset}.json"
-    results = evaluate_weights(recipe, folder / "model.safetensors", out, progress=not arguments.quiet)
+    weights = folder / ("best.safetensors" if arguments.best else "model.safetensors")
+    out = arguments.out or folder / f"evaluation-{recipe.dataset}{'-best' * arguments.best}.json"
+    results = evaluate_weights(recipe, weights, out, progress=not arguments.quiet)
     print(summarise(results["metrics"]))
     print(f"results: {out}")
     return 0
@@ -122,7 +123,7 @@ def run_check_reference(arguments: argparse.Namespace) -> int:
 
     return 0 if check_reference(arguments.folder) else 1
 
-# %% ../nbs/93_cli.ipynb #601c02f0
+# %% ../nbs/93_cli.ipynb #52e93ac5
 SETTINGS_HELP = "settings that replace the recipe's, for instance seed=1 iterations=200"
 
 
@@ -137,6 +138,7 @@ def add_run_commands(
     evaluate = commands.add_parser("evaluate", help="evaluate the weights of a finished run")
     evaluate.add_argument("run", metavar="run_folder", help="folder of the run, as written by `sptseg train`")
     evaluate.add_argument("--recipe", help="evaluate as this recipe says (default: the run's own)")
+    evaluate.add_argument("--best", action="store_true", help="the weights of the best evaluation, not the last ones")
     evaluate.add_argument("--out", type=Path, help="JSON file to write (default: in the folder of the run)")
     evaluate.set_defaults(command=run_evaluate)
     for command in (train, evaluate):

@@ -255,6 +255,14 @@ def test_evaluation_repeats_the_runs_own(finished, tmp_path, capsys):
     assert again["metrics"] == first["metrics"] and str(out) in capsys.readouterr().out
 
 
+def test_the_best_weights_can_be_evaluated(finished, tmp_path, capsys):
+    out, results = tmp_path / "best.json", json.loads((finished / "results.json").read_text())
+    assert main(["evaluate", str(finished), "--best", "--out", str(out), "--quiet"]) == 0
+    found = json.loads(out.read_text())
+    assert found["weights"] == str(finished / "best.safetensors")
+    assert found["metrics"]["pAcc"] == results["best"]["pAcc"]
+
+
 def test_settings_may_stand_anywhere(capsys):
     for order in (
         ["a.yaml", "--out", "x", "seed=1"],
