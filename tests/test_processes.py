@@ -16,6 +16,7 @@ from sptseg.launch import run_in_processes
 from sptseg.recipe import check_recipe
 from sptseg.train import RESULTS, WEIGHTS, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {
     **{"dataset": "glyphs-20", "image_size": 32, "num_prompts": 2, "decoder_layers": 2, "train_pictures": 12},
     **{"val_pictures": 5, "iterations": 3, "batch_size": 4, "warmup_iterations": 0, "lr": 1e-3, "dropout": 0.0},
@@ -25,14 +26,6 @@ WAYS = {
     "micro-batches": {"micro_batches": 4},
     "both": {"n_proc": 2, "micro_batches": 2, "gradient_checkpointing": True},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def trained(out, **changes):

@@ -24,19 +24,11 @@ from sptseg.recipe import check_recipe, learning_rate, phases
 from sptseg.splits import SETTINGS
 from sptseg.train import BEST, RESULTS, WEIGHTS, BatchSampler, best_evaluation, note_on_seen_classes, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {
     **{"dataset": "glyphs-20", "image_size": 32, "num_prompts": 2, "decoder_layers": 2, "train_pictures": 6},
     **{"val_pictures": 1, "iterations": 2, "batch_size": 2, "warmup_iterations": 0, "lr": 1e-3, "checkpoint_every": 1},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The same order of summation as in a process with OMP_NUM_THREADS=1."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny(**changes):
