@@ -8,7 +8,7 @@ __all__ = ['RECIPE', 'WEIGHTS', 'BEST', 'RESULTS', 'BatchSampler', 'train_loader
            'evaluate_run', 'save_weights', 'record', 'determinism', 'make_accelerator', 'finish', 'read_results',
            'iterate', 'train_here', 'train']
 
-# %% ../nbs/92_train.ipynb #fa8b07bb
+# %% ../nbs/92_train.ipynb #a684fc48
 import json
 import math
 import os
@@ -31,14 +31,7 @@ from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from .core import UserError, provenance, read_yaml, save_json, write_atomically
 from .data.benchmarks import Benchmark
 from .data.transforms import SegmentationData, TrainTransform, sample_generator
-from sptseg.evaluate import (
-    evaluate,
-    load_parts,
-    lowered_classes,
-    predict_samples,
-    segmenter_predictor,
-    test_loader,
-)
+from .evaluate import evaluate, load_parts, lowered_classes, predict_samples, segmenter_predictor, test_loader
 from .launch import in_group, is_main, run_in_processes
 from .losses import present_classes, pseudo_label, segmentation_loss
 from .metrics import summarise
@@ -185,14 +178,14 @@ class Run:
     def average(self, value: Tensor) -> Tensor:  # over the processes
         return self.accelerator.reduce(value, "mean")
 
-# %% ../nbs/92_train.ipynb #625fa267
+# %% ../nbs/92_train.ipynb #2d01f382
 def compute_gradients(
     run: Run,
     images: Tensor,  # (b, 3, c, c), this process's share of a batch
     label: Tensor,  # (b, c, c), labels of the phase
     setting: str,  # of the phase
 ) -> dict[str, float]:  # weighted losses, averaged over the batch, with their sum under "loss"
-    """Forward and backward passes of one batch; a loss that is not finite raises `UserError`."""
+    """Forward and backward passes of one batch; leaves the gradients, and the weights as they are."""
     labels, parts, device = run.benchmark.labels, run.recipe.micro_batches, run.accelerator.device
     images, label = (whole.to(device, non_blocking=True).chunk(parts) for whole in (images, label))
     text, masks = run.text[list(text_rows(labels, setting))], [None] * parts

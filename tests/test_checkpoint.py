@@ -84,7 +84,7 @@ def test_model_and_optimiser_come_back(tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     save(tmp_path, 1, *make(4))
-    with pytest.raises(UserError, match="damaged checkpoint .*size mismatch|damaged checkpoint"):
+    with pytest.raises(UserError, match="damaged checkpoint .*RuntimeError"):
         load_checkpoint(tmp_path, *make(5))
 
 
