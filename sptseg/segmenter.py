@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'SEEN_BIAS', 'CLASSES_AT_ONCE', 'SegmenterConfig', 'Segmenter', 'build_segmenter', 'resize_masks',
            'class_scores', 'window_starts', 'window_places', 'merge_windows', 'average_windows', 'slide_scores',
-           'predict_labels', 'save_segmenter', 'read_segmenter_file', 'load_segmenter']
+           'best_classes', 'predict_labels', 'save_segmenter', 'read_segmenter_file', 'load_segmenter']
 
 # %% ../nbs/60_segmenter.ipynb #5f36057f
 import json
@@ -198,6 +198,29 @@ CLASSES_AT_ONCE = 16
 
 
 @torch.inference_mode()
+def best_classes(
+    masks: Tensor,  # (n, C, h, w) logits of the n windows of one picture
+    places: Sequence[tuple],  # of the windows, see `window_places`
+    window: tuple[int, int],  # (height, width), pixels
+    sides: tuple[int, int],  # (H, W) of the picture that was cut into windows
+    *,
+    seen: Sequence[int] = (),  # see `class_scores`
+    output_size: tuple[int, int] | None = None,  # original (height, width); None: `sides`
+) -> Tensor:  # (height, width) class ids
+    """From the small masks of a picture's windows to the best-scoring class of every pixel."""
+    size = tuple(output_size or sides)
+    best, labels = masks.new_full(size, -torch.inf), torch.zeros(size, dtype=torch.long, device=masks.device)
+    for first in range(0, masks.shape[1], CLASSES_AT_ONCE):
+        few = masks[:, first : first + CLASSES_AT_ONCE]
+        lowered = [index - first for index in seen if 0 <= index - first < few.shape[1]]
+        scores = merge_windows(class_scores(resize_masks(few, window), lowered), places, sides)
+        highest, index = resize_masks(scores, size)[0].max(0)
+        higher = highest > best
+        best, labels = torch.where(higher, highest, best), torch.where(higher, index + first, labels)
+    return labels
+
+# %% ../nbs/60_segmenter.ipynb #c41d07e2
+@torch.inference_mode()
 def predict_labels(
     model: Segmenter,  # in evaluation mode
     image: Tensor,  # (1, 3, H, W), normalised
@@ -210,17 +233,8 @@ def predict_labels(
     """Label every pixel of a picture with the best-scoring class."""
     sides, window = image.shape[-2:], (model.config.image_size,) * 2
     places = window_places(sides, window, (stride, stride))
-    windows = torch.cat([image[place] for place in places])
-    masks, size = model(windows, text), output_size or sides
-    best, labels = masks.new_full(size, -torch.inf), torch.zeros(size, dtype=torch.long, device=masks.device)
-    for first in range(0, masks.shape[1], CLASSES_AT_ONCE):
-        few = masks[:, first : first + CLASSES_AT_ONCE]
-        lowered = [index - first for index in seen if 0 <= index - first < few.shape[1]]
-        scores = merge_windows(class_scores(resize_masks(few, windows.shape[-2:]), lowered), places, sides)
-        highest, index = resize_masks(scores, size)[0].max(0)
-        higher = highest > best
-        best, labels = torch.where(higher, highest, best), torch.where(higher, index + first, labels)
-    return labels
+    masks = model(torch.cat([image[place] for place in places]), text)
+    return best_classes(masks, places, window, sides, seen=seen, output_size=output_size)
 
 # %% ../nbs/60_segmenter.ipynb #f9ccbfc8
 def save_segmenter(
