@@ -264,7 +264,7 @@ def draw_classes(
     axis.grid()
 
 # %% ../nbs/98_figures.ipynb #51de10b7
-wrapped = partial(textwrap.fill, width=24)  # names of rows in lines of at most so many letters
+wrapped = partial(textwrap.fill, width=20)  # names of rows in lines of at most so many letters
 
 
 def draw_ablation(
@@ -300,7 +300,7 @@ def plot_ablations(
     figure, axes = plt.subplots(len(tables), figsize=size, **options)
     for axis, (title, rows) in zip(axes[:, 0], tables.items(), strict=True):
         draw_ablation(axis, rows)
-        axis.set_title(wrapped(title, width=40), loc="left")
+        axis.set_title(wrapped(title, width=34), loc="left")
     axes[-1, 0].set(xlabel="%", xlim=(0, None))
     handles = {name: one for axis in axes[:, 0] for one, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, columnspacing=1)
