@@ -6,8 +6,8 @@
 __all__ = ['PUBLISHED', 'KINDS', 'FVCORE_KINDS', 'ELEMENTWISE', 'RULES', 'FREE', 'PARTS', 'vit_b_16', 'leftover_modules',
            'count_values', 'PictureScores', 'PlainCLIP', 'shape_of', 'attention_rule', 'fourier_rule',
            'elementwise_rule', 'filter_computed_before', 'count_operations', 'conventions', 'release_detours',
-           'count_by_torch', 'part_of', 'by_part', 'multiply_adds_by_part', 'peak_memory', 'timed', 'random_pictures',
-           'train_step', 'measure_training']
+           'cpu_attention', 'count_by_torch', 'part_of', 'by_part', 'multiply_adds_by_part', 'peak_memory', 'timed',
+           'random_pictures', 'train_step', 'measure_training']
 
 # %% ../nbs/64_complexity.ipynb #dd1242e9
 import math
@@ -25,7 +25,7 @@ from fvcore.nn import FlopCountAnalysis
 from open_clip.transformer import QuickGELU, VisionTransformer
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .data.files import FileSamples
 from .encoder import PromptedEncoder, unfused
@@ -248,13 +248,19 @@ def release_detours(
     }
 
 # %% ../nbs/64_complexity.ipynb #bd53aa89
+def cpu_attention(query: list, key: list, value: list, *others, **outputs) -> int:
+    """Operations of fused attention on a CPU from its shapes; PyTorch before 2.15 counts it on GPUs only."""
+    return sdpa_flop_count(query, key, value)
+
+
 def count_by_torch(
     model: nn.Module,  # a `Segmenter` or `PlainCLIP`
     images: Tensor,  # (B, 3, H, W)
     text: Tensor,  # (C, d)
 ) -> pd.Series:  # module → multiply-adds of products and attention, submodules included; "" for all
     """Count with PyTorch's own counter."""
-    with unfused(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    rules = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: cpu_attention}
+    with unfused(), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=rules) as counter:
         PictureScores(model)(images, text)
     counts = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items() if name != "Global"}
     clean = {
