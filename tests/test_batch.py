@@ -106,29 +106,44 @@ def unfinished(checkout):
     return started - {name.removesuffix(".json") for name in records(checkout)}
 
 
-@pytest.fixture(scope="module")
-def batch(tmp_path_factory):
-    """A checkout where `make tables` was killed and repeated: records at the kill, what make printed, its status."""
-    checkout = make_checkout(tmp_path_factory.mktemp("batch") / "checkout")
-    process = make(checkout, "tables")
-    deadline = time.time() + 240
-    while not (records(checkout) and unfinished(checkout)):
+KILLED_WHEN = [  # by records that are there, and runs that have a checkpoint and no record
+    lambda finished, started: started and not finished,
+    lambda finished, started: started and finished,
+    lambda finished, started: len(finished) == 4,  # every run that can succeed: tables are being written
+]
+
+
+def kill_when(checkout, moment):
+    """Start `make tables` and kill it with all it started; returns the records then, and what it had printed."""
+    process, deadline = make(checkout, "tables"), time.time() + 240
+    while not moment(records(checkout), unfinished(checkout)):
         assert time.time() < deadline and process.poll() is None, finish(process)
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    before = records(checkout)
-    again = make(checkout, "tables")
-    return checkout, before, finish(again), again.returncode
+    os.set_blocking(process.stdout.fileno(), False)
+    return records(checkout), os.read(process.stdout.fileno(), 2**20).decode()
+
+
+@pytest.fixture(scope="module")
+def batch(tmp_path_factory):
+    """A checkout where `make tables` was killed three times, then not: records, outputs of each call, last status."""
+    checkout = make_checkout(tmp_path_factory.mktemp("batch") / "checkout")
+    kept, outputs = zip(*(kill_when(checkout, moment) for moment in KILLED_WHEN), strict=True)
+    last = make(checkout, "tables")
+    outputs = [*outputs, finish(last)]
+    return checkout, [*kept, records(checkout)], outputs, last.returncode
 
 
 def test_a_killed_batch_goes_on_where_it_was(batch):
-    checkout, before, output, _ = batch
-    after = records(checkout)
-    assert after.keys() == {f"{name}/seed{seed}.json" for name in ("zegclip", "spt-seg") for seed in (0, 1)}
-    assert 0 < len(before) < 4 and before.items() <= after.items(), "content and time of finished records are kept"
-    assert f"runs to make: {6 - len(before)}," in output and "(continues)" in output
-    assert re.search(r"\d of \d runs are made, about \d+ \w+ left", output)
+    _, kept, outputs, _ = batch
+    assert kept[3].keys() == {f"{name}/seed{seed}.json" for name in ("zegclip", "spt-seg") for seed in (0, 1)}
+    assert 0 < len(kept[1]) < len(kept[2]) == 4
+    for before, after, output in zip(kept, kept[1:], outputs[1:], strict=False):
+        assert before.items() <= after.items(), "content and time of finished records are kept"
+        assert f"runs to make: {6 - len(before)}," in output
+    assert "(continues)" in outputs[1] and "(continues)" in outputs[2]
+    assert re.search(r"\d of \d runs are made, about \d+ \w+ left", outputs[2])
 
 
 def test_records_hold_the_numbers_of_uninterrupted_direct_runs(batch, tmp_path):
@@ -148,7 +163,7 @@ def test_records_hold_the_numbers_of_uninterrupted_direct_runs(batch, tmp_path):
 
 
 def test_a_failing_row_stops_only_its_own_table(batch):
-    checkout, _, output, status = batch
+    checkout, _, (*_, output), status = batch
     errors = dict(re.findall(r"FAILED   table1/tiny/impossible, seed (\d): (.*)", output))
     assert status != 0 and errors.keys() == {"0", "1"}
     assert all("UserError" in error and "decoder_layers" in error for error in errors.values())
