@@ -197,7 +197,6 @@ def slide_scores(
 CLASSES_AT_ONCE = 16
 
 
-@torch.inference_mode()
 def best_classes(
     masks: Tensor,  # (n, C, h, w) logits of the n windows of one picture
     places: Sequence[tuple],  # of the windows, see `window_places`
