@@ -202,7 +202,7 @@ def numbers_of(
         return record["metrics"]
     parameters, operations = record["parameters"], record["operations"]
     training = record.get("training", {}).get("by precision", {}).get("no", {})
-    whole = [one["seconds"] for name, one in record.get("smoke", {}).items() if name.startswith("windows")]
+    whole = [one["seconds"] for name, one in record.get("smoke", {}).items() if name.startswith("whole")]
     return {
         "parameters used, M": parameters["learned, used"] / 1e6,
         "parameters counted, M": parameters["learned, as the releases count"] / 1e6,
@@ -261,7 +261,7 @@ def printed(
 ) -> str:
     """Our value, "not measured", or "–" if nothing was to be measured."""
     percent = column in HEADLINE
-    if pd.isna(numbers["runs"]):
+    if pd.isna(numbers["runs"]) or (column.startswith("training") and numbers["parameters used, M"] == 0):
         return "–"
     if pd.isna(numbers[column]):
         return "n/a" if percent and numbers["runs"] else "not measured"

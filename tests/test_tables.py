@@ -193,6 +193,9 @@ def test_efficiency_shows_the_published_counts():
         assert abs(ours - theirs) < 0.06, column
     costs = numbers["multiply-adds, G"]
     assert costs["CLIP"] < costs["ZegCLIP"] < costs["SPT-SEG"]
+    shown = tables.table_frame("efficiency", "voc", [], ROOT).set_index("row")
+    assert shown["training, images/s"]["CLIP (nothing is trained)"] == "–", "nothing to measure"
+    assert shown["test, images/s"].drop("Cascade-CLIP").astype(float).gt(0).all()
 
 
 @pytest.mark.slow
