@@ -118,6 +118,6 @@ class HiLo(nn.Module):
         maps: Tensor,  # (B, d, h, w) patch embeddings, any grid
     ) -> Tensor:  # z, (B, h·w, d)
         height, width = maps.shape[-2:]
-        padded = F.pad(maps, (0, -width % WINDOW, 0, -height % WINDOW)).movedim(1, -1)
+        padded = F.pad(maps.movedim(1, -1), (0, 0, 0, -width % WINDOW, 0, -height % WINDOW))
         rewritten = torch.cat([self.high(padded), self.low(padded)], -1)
         return rewritten[:, :height, :width].flatten(1, 2)

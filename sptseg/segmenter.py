@@ -128,9 +128,9 @@ def class_scores(
     seen: Sequence[int] = (),  # ids of the classes whose scores are lowered: the seen ones if training was inductive
 ) -> Tensor:  # (B, C, H, W)
     """Sigmoid scores, lowered by 0.1 for seen classes."""
-    scores = logits.sigmoid()
-    scores[:, list(seen)] -= SEEN_BIAS
-    return scores
+    lowered = logits.new_zeros(logits.shape[1], 1, 1)
+    lowered[list(seen)] = SEEN_BIAS
+    return logits.sigmoid().sub_(lowered)
 
 # %% ../nbs/60_segmenter.ipynb #2d3423f6
 def window_starts(
@@ -159,6 +159,8 @@ def merge_windows(
     sides: tuple[int, int],  # (H, W) of the picture
 ) -> Tensor:  # (1, C, H, W)
     """The mean over the windows that cover a pixel."""
+    if len(places) == 1:
+        return window_scores
     scores, count = window_scores.new_zeros(1, window_scores.shape[1], *sides), window_scores.new_zeros(sides)
     for place, values in zip(places, window_scores, strict=True):
         scores[place] += values
