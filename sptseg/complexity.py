@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .data.files import FileSamples
-from .encoder import PromptedEncoder, unfused
+from .encoder import PromptedEncoder
 from .hilo import head_split
 from .losses import segmentation_loss
 from .prompts import DeepPrompts
@@ -160,6 +160,7 @@ RULES = {
     "aten::fft_rfft2": fourier_rule,
     "aten::fft_irfft2": fourier_rule,
     "aten::softmax": elementwise_rule(5),
+    "aten::silu_": elementwise_rule(2),  # sigmoid and product
     "aten::gelu": elementwise_rule(5),  # scale, error function, sum, two products
     "aten::cosine_similarity": elementwise_rule(6, of_input=True),  # a dot product and two squared lengths
     **{f"aten::{name}": elementwise_rule() for name in ELEMENTWISE},
@@ -202,7 +203,7 @@ def count_operations(
     text: Tensor,  # (C, d)
 ) -> pd.DataFrame:  # module's own operations (rows) of every kind (columns)
     """Count by fvcore with our rules; an operator without a rule raises `RuntimeError`."""
-    with unfused(), filter_computed_before(model), torch.no_grad():
+    with filter_computed_before(model), torch.no_grad():
         analysis = FlopCountAnalysis(PictureScores(model), (images, text)).tracer_warnings("none")
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).set_op_handle(**RULES)
         counts = analysis.by_module_and_operator()
@@ -239,9 +240,13 @@ def release_detours(
     visual, config = model.encoder.visual, model.config
     width, joint = visual.conv1.out_channels, visual.output_dim
     patches, pixels = (config.image_size // visual.patch_size[0]) ** 2, config.image_size**2
+    prompts, hidden = config.num_prompts, visual.transformer.resblocks[0].mlp.c_fc.out_features
+    asked = 1 + patches + prompts  # keys
+    outputs = prompts * (2 * width**2 + 2 * width * hidden + 2 * asked * width + 5 * width)  # of one block
     selections = config.decoder_layers if config.decoder == "sgd" else 0
     return {
-        "prompt tokens after the last block": config.num_prompts * (10 * width + width * joint),
+        "prompt tokens as outputs of blocks": len(model.encoder.deep_prompts.embeddings) * outputs,
+        "prompt tokens after the last block": prompts * (10 * width + width * joint),
         "masks resized to their own size": 4 * num_classes * (patches + pixels),
         "text × picture as a contraction": num_classes * joint // 2,
         "cosine with the task token as a product": selections * patches * joint,
@@ -260,7 +265,7 @@ def count_by_torch(
 ) -> pd.Series:  # module → multiply-adds of products and attention, submodules included; "" for all
     """Count with PyTorch's own counter."""
     rules = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: cpu_attention}
-    with unfused(), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=rules) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=rules) as counter:
         PictureScores(model)(images, text)
     counts = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items() if name != "Global"}
     clean = {
@@ -274,6 +279,7 @@ PARTS = {  # the longest prefix decides
     "encoder": "norms, projection",
     "encoder.visual.conv1": "patches",
     "encoder.visual.transformer": "CLIP's blocks",
+    "encoder.run_block": "CLIP's blocks",
     "encoder.deep_prompts": "deep prompts",
     "encoder.spectral_prompt": "spectral prompt",
     "decoder": "decoder",
@@ -294,7 +300,7 @@ def by_part(
     """Add up the modules of every part."""
     parts = table.groupby(table.index.map(part_of)).sum()
     sums = parts.apply(conventions, axis=1)
-    return parts.join(sums).reindex([part for part in PARTS.values() if part in parts.index])
+    return parts.join(sums).reindex([part for part in dict.fromkeys(PARTS.values()) if part in parts.index])
 
 # %% ../nbs/64_complexity.ipynb #8a93694f
 def multiply_adds_by_part(
@@ -310,7 +316,7 @@ def multiply_adds_by_part(
                 own[above] -= counts[name]
                 break
     parts = own.groupby(own.index.map(part_of)).sum()
-    return parts.reindex([part for part in PARTS.values() if part in parts.index])
+    return parts.reindex([part for part in dict.fromkeys(PARTS.values()) if part in parts.index])
 
 # %% ../nbs/64_complexity.ipynb #6e00dc22
 def peak_memory(

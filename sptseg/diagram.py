@@ -367,8 +367,8 @@ def draw_deep_prompts(
     bar = draw_box(axis, Box(first.left, up + 0.28, width, 0.24), text, kind_of(prompts))
     for box in boxes[:count]:
         draw_arrow(axis, (box.at(0.5, 1)[0], bar.bottom), box.at(0.5, 1), colour=KINDS["learned"][1])
-    taken = times(shapes["encoder.visual.transformer.resblocks.0 input"][1:])
-    text = f"a block reads [g, V, H], {taken}; what it says at V is dropped"
+    (kept, channels), added = shapes["encoder.run_block"][1:], shapes["encoder.deep_prompts"][1]
+    text = f"a block reads [g, V, H], {times((kept + added, channels))}; what it says at V is dropped"
     note(axis, (first.left, bar.bottom + 0.34), text, "left bottom")
 
 # %% ../nbs/63_diagram.ipynb #9bd2b3fb

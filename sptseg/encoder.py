@@ -60,7 +60,7 @@ def attend(
     query = F.linear(tokens, weight[:width], bias[:width]).unflatten(-1, (heads, -1))
     key, value = F.linear(sources, weight[width:], bias[width:]).unflatten(-1, (2, heads, -1)).unbind(-3)
     attended = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value)))
-    return attention.out_proj(attended.transpose(1, 2).flatten(2))
+    return F.linear(attended.transpose(1, 2).flatten(2), attention.out_proj.weight, attention.out_proj.bias)
 
 # %% ../nbs/31_encoder.ipynb #f4aede3b
 SLOPE = 1.702  # of QuickGELU
@@ -82,10 +82,11 @@ def feed_forward(
     tokens: Tensor,  # (B, n, D)
 ) -> Tensor:  # (B, n, D)
     """The two layers of a block, with QuickGELU as a scaled SiLU."""
-    if not isinstance(mlp.gelu, QuickGELU):
-        return mlp(tokens)
-    hidden = scaled_linear(mlp.c_fc, tokens, SLOPE, SLOPE)
-    return scaled_linear(mlp.c_proj, F.silu(hidden, inplace=not hidden.requires_grad), 1 / SLOPE)
+    quick = isinstance(mlp.gelu, QuickGELU)
+    slope = SLOPE if quick else 1.0
+    hidden = scaled_linear(mlp.c_fc, tokens, slope, slope)
+    hidden = F.silu(hidden, inplace=not hidden.requires_grad) if quick else mlp.gelu(hidden)
+    return scaled_linear(mlp.c_proj, hidden, 1 / slope)
 
 # %% ../nbs/31_encoder.ipynb #53ad199a
 class PromptedBlock(nn.Module):

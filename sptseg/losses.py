@@ -163,7 +163,7 @@ def along(
     columns: Tensor,  # (W, w)
 ) -> Tensor:  # (..., H, W)
     """Apply one matrix to the rows and one to the columns of every map."""
-    return rows @ maps @ columns.mT
+    return rows @ (maps @ columns.mT)
 
 # %% ../nbs/50_losses.ipynb #2caee023
 class FocalOfNegatives(torch.autograd.Function):
@@ -171,18 +171,20 @@ class FocalOfNegatives(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, weight: Tensor | None) -> Tensor:
-        probability, cross_entropy = logits.sigmoid(), F.softplus(logits)
-        factor = (probability * probability).mul_(0.75 / logits[0].numel())
-        factor = factor if weight is None else factor.mul_(weight)
-        loss = (factor * cross_entropy).sum()
-        slope = cross_entropy.mul_(1 - probability).mul_(2).add_(probability).mul_(factor)
-        ctx.save_for_backward(slope)
-        return loss
+        probability = logits.sigmoid()
+        others = 1 - probability
+        cross_entropy = logits.relu().sub_(torch.minimum(probability, others).neg_().log1p_())
+        square = probability * probability
+        square = square if weight is None else square.mul_(weight)
+        loss = (square * cross_entropy).sum()
+        ctx.scale = 0.75 / logits[0].numel()
+        ctx.save_for_backward(torch.addcmul(probability, cross_entropy, others, value=2).mul_(square))
+        return loss * ctx.scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.saved_tensors[0] * gradient, None
+        return ctx.saved_tensors[0] * (ctx.scale * gradient), None
 
 # %% ../nbs/50_losses.ipynb #96d70718
 class EmptySimilarity(torch.autograd.Function):
@@ -190,20 +192,20 @@ class EmptySimilarity(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, mean: Tensor, mean_square: Tensor) -> Tensor:
-        luminance = mean * mean
-        contrast = (mean_square - luminance).add_(C2)
-        luminance.add_(C1)
-        similarity = (C1 * C2 / mean[0].numel()) / (luminance * contrast)
-        by_square = similarity / contrast
-        by_mean = (by_square - similarity / luminance).mul_(mean).mul_(2)
-        ctx.save_for_backward(by_mean, by_square.neg_())
-        return similarity.sum()
+        luminance = (mean * mean).add_(C1)
+        contrast = (mean_square - luminance).add_(C1 + C2)
+        inverse = (luminance * contrast).reciprocal_()
+        similarity, ctx.scale = inverse.sum(), C1 * C2 / mean[0].numel()
+        inverse.square_()
+        by_mean = (luminance - contrast).mul_(inverse).mul_(mean)
+        ctx.save_for_backward(by_mean, inverse.mul_(luminance))
+        return similarity * ctx.scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
         by_mean, by_square = ctx.saved_tensors
-        return by_mean * gradient, by_square * gradient
+        return by_mean * (2 * ctx.scale * gradient), by_square * (-ctx.scale * gradient)
 
 # %% ../nbs/50_losses.ipynb #71fe06aa
 class Blur(torch.autograd.Function):

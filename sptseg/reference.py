@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TENSOR_TOLERANCE', 'SCALAR_TOLERANCE', 'TIED_PIXELS', 'RUNNERS', 'relative_error', 'largest', 'tolerance',
-           'take_stored', 'with_prefix', 'run_backbone', 'run_head', 'decoder_queries', 'run_loss', 'loss_terms',
-           'run_model', 'read_model', 'run_training', 'authors_table', 'official_gradients', 'load_case', 'run_case',
-           'check_case', 'check_reference']
+           'take_stored', 'with_prefix', 'with_prompt_outputs', 'run_backbone', 'run_head', 'decoder_queries',
+           'run_loss', 'loss_terms', 'run_model', 'read_model', 'run_training', 'authors_table', 'official_gradients',
+           'load_case', 'run_case', 'check_case', 'check_reference']
 
 # %% ../nbs/62_reference.ipynb #68af37b4
 import json
@@ -100,15 +100,23 @@ def with_prefix(
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
+def with_prompt_outputs(block: torch.nn.Module, tokens: Tensor, prompts: Tensor | None, output: Tensor) -> Tensor:
+    """The output of a block, and at the prompt positions what CLIP's own block says there."""
+    if prompts is None:
+        return output
+    whole, count = block(torch.cat([tokens[:, :1], prompts, tokens[:, 1:]], 1)), prompts.shape[1]
+    return torch.cat([output[:, :1], whole[:, 1 : 1 + count], output[:, 1:]], 1)
+
+
 def run_backbone(tensors: dict[str, Tensor], state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
     """Outputs of a case of the prompted encoder."""
     translation = translate_state(with_prefix(state, "backbone."))
     encoder = read_encoder(translation, heads=config["heads"])
     visual, blocks, first = encoder.visual, [], []
     visual.ln_pre.register_forward_hook(lambda module, inputs, output: first.append(output))
-    for block in visual.transformer.resblocks:
-        block.register_forward_hook(lambda module, inputs, output: blocks.append(output))
+    encoder.run_block.register_forward_hook(lambda module, inputs, output: blocks.append((*inputs, output)))
     patches, cls = encoder(tensors["image"])
+    blocks = [with_prompt_outputs(*parts) for parts in blocks]
     normed = encoder.prompt_norm(blocks[-1])
     inter = {"ln_pre": first[0], "prompt_norm": normed, "ln_post": visual.ln_post(normed)}
     inter |= {f"block_{index}": output for index, output in enumerate(blocks)}

@@ -55,7 +55,7 @@ def test_shapes_are_those_of_a_real_model():
     assert (shapes["encoder"], shapes["encoder[1]"]) == (patches.shape, cls.shape)
     assert shapes["masks"] == model(images, text).shape == (2, 7, 5, 4)
     assert (shapes["rfft2"], shapes["irfft2"]) == ((2, 5, 3, 32), (2, 5, 4, 32))
-    assert shapes["encoder.visual.transformer.resblocks.0 input"] == (2, 1 + 5 + 20, 32)
+    assert shapes["encoder.run_block input"] == (2, 1 + 20, 32) and shapes["encoder.deep_prompts"] == (2, 5, 32)
     assert shapes["decoder.last.hilo.low"][1:3] == (6, 6)
     assert (shapes["resized"], shapes["labels"]) == ((2, 7, 40, 32), (2, 40, 32))
     assert all(shapes[name] == parameter.shape for name, parameter in model.named_parameters())
@@ -77,6 +77,7 @@ def test_every_product_in_the_picture_was_recorded(variant):
     known |= {tuple(model.encoder.visual.patch_size), (3, 3)}  # patches; windows of the decoder
     known |= {(shapes["encoder.visual.ln_post"][1], shapes["encoder.visual.proj"][1])}  # projected tokens
     known |= {shapes[name][1:3] for name in shapes if name.endswith("hilo.low")}  # the padded grid
+    known |= {(shapes["encoder.run_block"][1] + shapes["encoder.deep_prompts"][1], shapes["encoder.deep_prompts"][2])}
     known |= {(*shapes["irfft2"][1:3], shapes["rfft2"][3])} if "rfft2" in shapes else set()
     for figure in figures_of(model, shapes):
         written = " ".join(text.get_text() for text in figure.axes[0].texts)

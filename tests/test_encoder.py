@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sptseg.core import UserError
-from sptseg.encoder import PromptedEncoder, embed_patches, parse_blocks
+from sptseg.encoder import PromptedBlock, PromptedEncoder, embed_patches, parse_blocks
 from sptseg.prompts import DeepPrompts, SpectralPrompt
 
 
@@ -66,15 +66,37 @@ def test_prompts_have_no_position():
     assert not torch.allclose(encoder(IMAGES)[0], before, atol=1e-3), "yet they matter, in the last block too"
 
 
-def test_outputs_at_prompt_positions_are_dropped():
+@pytest.mark.parametrize("activation", [QuickGELU, nn.GELU])
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_a_block_is_open_clips_without_outputs_at_the_prompts(activation, count):
+    """Values and gradients, in float64."""
+    torch.manual_seed(0)
+    block = VisionTransformer(32, 8, 24, 1, 3, 2.0, output_dim=16, act_layer=activation).transformer.resblocks[0]
+    block = block.double().requires_grad_(False)
+    tokens, prompts = torch.randn(2, 17, 24).double(), torch.randn(2, count, 24).double() if count else None
+    given = [part.requires_grad_() for part in (tokens, prompts) if part is not None]
+    weights = torch.randn(2, 17, 24).double()
+    whole = block(torch.cat([tokens[:, :1], *given[1:], tokens[:, 1:]], 1))
+    expected = whole[:, [0, *range(1 + count, 17 + count)]]
+    output = PromptedBlock()(block, tokens, prompts)
+    assert torch.allclose(output, expected, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(PromptedBlock()(block, tokens, prompts), output)
+    for ours, theirs in zip(
+        *(torch.autograd.grad((y * weights).sum(), given) for y in (output, expected)), strict=True
+    ):
+        assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+def test_every_block_gets_its_own_prompts():
     encoder, seen = make_encoder(num_blocks=2), []
-    for block in encoder.visual.transformer.resblocks:
-        block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    encoder.run_block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     encoder(IMAGES)
-    assert [tokens.shape[1] for tokens in seen] == [20, 20, 17, 17]
-    for index in (0, 1):
-        assert torch.equal(seen[index][:, 1:4], encoder.deep_prompts(2)[index])
-    assert torch.equal(seen[0][:, [0, *range(4, 20)]], embed_patches(encoder.visual, IMAGES))
+    assert [block for block, _, _ in seen] == list(encoder.visual.transformer.resblocks)
+    assert all(tokens.shape == (2, 17, 24) for _, tokens, _ in seen)
+    for (_, _, prompts), expected in zip(seen, [*encoder.deep_prompts(2), None, None], strict=True):
+        assert prompts is expected is None or torch.equal(prompts, expected)
+    assert torch.equal(seen[0][1], embed_patches(encoder.visual, IMAGES))
 
 
 def test_the_filter_works_in_its_blocks_only():
@@ -90,11 +112,11 @@ def test_the_filter_works_in_its_blocks_only():
     assert all(not torch.allclose(outputs[0], other, atol=1e-3) for other in outputs[2:])
     assert not torch.allclose(outputs[2], outputs[3], atol=1e-3)
     inputs = []
-    late.visual.transformer.resblocks[3].register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
-    plain.visual.transformer.resblocks[3].register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
-    late(IMAGES), plain(IMAGES)
-    cls, patches = inputs[1][:, 0], inputs[1][:, 4:]
-    assert torch.allclose(inputs[0][:, 4:], patches + late.spectral_prompt(cls, patches, (4, 4)), atol=1e-5)
+    for encoder in (late, plain):
+        encoder.run_block.register_forward_pre_hook(lambda module, given: inputs.append(given[1]))
+        encoder(IMAGES)
+    cls, patches = inputs[7][:, 0], inputs[7][:, 1:]
+    assert torch.allclose(inputs[3][:, 1:], patches + late.spectral_prompt(cls, patches, (4, 4)), atol=1e-5)
 
 
 def test_clip_stays_frozen_and_in_evaluation_mode():
