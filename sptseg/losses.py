@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['AUXILIARY', 'RADIUS', 'SIGMA', 'C1', 'C2', 'BELL', 'WINDOW', 'PIXELS', 'check_label', 'one_hot_target',
            'present_classes', 'count_masks', 'focal_loss', 'dice_loss', 'ssim_loss', 'whole_losses', 'blur_axis',
-           'Axis', 'make_axis', 'along', 'FocalOfNegatives', 'EmptySimilarity', 'Blur', 'Similarity', 'similarity_loss',
-           'map_losses', 'few_maps', 'FewMaps', 'full_precision', 'split_losses', 'segmentation_loss', 'pseudo_label']
+           'Axis', 'make_axis', 'along', 'along_transposed', 'local_means', 'Focal', 'EmptySimilarity', 'Blur',
+           'Similarity', 'similarity_loss', 'map_losses', 'few_maps', 'FewMaps', 'full_precision', 'split_losses',
+           'segmentation_loss', 'pseudo_label']
 
 # %% ../nbs/50_losses.ipynb #9817ed46
 import math
@@ -165,47 +166,73 @@ def along(
     """Apply one matrix to the rows and one to the columns of every map."""
     return rows @ (maps @ columns.mT)
 
+
+def along_transposed(
+    rows: Tensor,  # (H, h)
+    maps: Tensor,  # (..., H, W)
+    columns: Tensor,  # (W, w)
+) -> Tensor:  # (..., h, w)
+    """The transpose of `along`: what a gradient goes back through."""
+    return rows.mT @ maps @ columns
+
+
+def local_means(
+    masks: Tensor,  # m, (..., h, w)
+    rows: Axis,
+    columns: Axis,
+) -> tuple[Tensor, Tensor, Tensor]:  # of x, (..., H, W); the points (..., 2h-1, 2w-1); of x², (..., H, W)
+    """Means of the resized masks and of their squares under SSIM's Gaussian."""
+    points = along(rows.halve, masks, columns.halve)
+    mean_square = along(rows.mean_square, points * points, columns.mean_square)
+    return along(rows.mean, masks, columns.mean), points, mean_square
+
 # %% ../nbs/50_losses.ipynb #2caee023
-class FocalOfNegatives(torch.autograd.Function):
-    """Focal loss of pixels whose target is 0: mean over pixels, weighted, sum over maps (n, H, W)."""
+class Focal(torch.autograd.Function):
+    """Focal loss of masks (n, h, w): mean over pixels, sum over maps."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, weight: Tensor | None) -> Tensor:
+    def forward(ctx, masks: Tensor, target: Tensor | None, rows: Axis, columns: Axis) -> Tensor:
+        logits = along(rows.resize, masks, columns.resize)
+        sign, weight = (None, None) if target is None else (1 - 2 * target, 1 - 2 * target / 3)
+        logits = logits if target is None else logits.mul_(sign)
         probability = logits.sigmoid()
         others = 1 - probability
         cross_entropy = logits.relu().sub_(torch.minimum(probability, others).neg_().log1p_())
-        square = probability * probability
-        square = square if weight is None else square.mul_(weight)
-        loss = (square * cross_entropy).sum()
-        ctx.scale = 0.75 / logits[0].numel()
-        ctx.save_for_backward(torch.addcmul(probability, cross_entropy, others, value=2).mul_(square))
-        return loss * ctx.scale
+        factor = probability * probability
+        factor = factor if target is None else factor.mul_(weight)
+        scale, loss = 0.75 / logits[0].numel(), (factor * cross_entropy).sum()
+        slope = torch.addcmul(probability, cross_entropy, others, value=2).mul_(factor)
+        slope = slope if target is None else slope.mul_(sign)
+        ctx.save_for_backward(along_transposed(rows.resize, slope, columns.resize).mul_(scale))
+        return loss * scale
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.saved_tensors[0] * (ctx.scale * gradient), None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.saved_tensors[0] * gradient, None, None, None
 
 # %% ../nbs/50_losses.ipynb #96d70718
 class EmptySimilarity(torch.autograd.Function):
-    """SSIM of maps without a positive pixel from their local means: mean over pixels, sum over maps (n, H, W)."""
+    """SSIM of masks (n, h, w) without a positive pixel: mean over pixels, sum over maps."""
 
     @staticmethod
-    def forward(ctx, mean: Tensor, mean_square: Tensor) -> Tensor:
+    def forward(ctx, masks: Tensor, rows: Axis, columns: Axis) -> Tensor:
+        mean, points, mean_square = local_means(masks, rows, columns)
         luminance = (mean * mean).add_(C1)
-        contrast = (mean_square - luminance).add_(C1 + C2)
+        contrast = mean_square.sub_(luminance).add_(C1 + C2)
         inverse = (luminance * contrast).reciprocal_()
-        similarity, ctx.scale = inverse.sum(), C1 * C2 / mean[0].numel()
+        scale, similarity = C1 * C2 / mean[0].numel(), inverse.sum()
         inverse.square_()
         by_mean = (luminance - contrast).mul_(inverse).mul_(mean)
-        ctx.save_for_backward(by_mean, inverse.mul_(luminance))
-        return similarity * ctx.scale
+        by_points = along_transposed(rows.mean_square, inverse.mul_(luminance), columns.mean_square).mul_(points)
+        slope = along_transposed(rows.mean, by_mean, columns.mean)
+        ctx.save_for_backward(slope.sub_(along_transposed(rows.halve, by_points, columns.halve)).mul_(2 * scale))
+        return similarity * scale
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        by_mean, by_square = ctx.saved_tensors
-        return by_mean * (2 * ctx.scale * gradient), by_square * (-ctx.scale * gradient)
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.saved_tensors[0] * gradient, None, None
 
 # %% ../nbs/50_losses.ipynb #71fe06aa
 class Blur(torch.autograd.Function):
@@ -244,18 +271,16 @@ class Similarity(torch.autograd.Function):
 # %% ../nbs/50_losses.ipynb #c109a617
 def similarity_loss(
     masks: Tensor,  # m, (n, h, w)
-    logits: Tensor,  # x, (n, H, W), the masks resized
     target: Tensor | None,  # t, (n, H, W); None if no map has a positive pixel
     rows: Axis,
     columns: Axis,
 ) -> Tensor:  # scalar
     """1 - SSIM: mean over pixels, sum over maps."""
-    mean = along(rows.mean, masks, columns.mean)
-    points = along(rows.halve, masks, columns.halve)
-    mean_square = along(rows.mean_square, points * points, columns.mean_square)
     if target is None:
-        return len(masks) - EmptySimilarity.apply(mean, mean_square)
-    return len(masks) - Similarity.apply(mean, mean_square, Blur.apply(target), Blur.apply(logits * target))
+        return len(masks) - EmptySimilarity.apply(masks, rows, columns)
+    mean, _, mean_square = local_means(masks, rows, columns)
+    product = Blur.apply(along(rows.resize, masks, columns.resize) * target)
+    return len(masks) - Similarity.apply(mean, mean_square, Blur.apply(target), product)
 
 # %% ../nbs/50_losses.ipynb #799b5b22
 def map_losses(
@@ -266,17 +291,13 @@ def map_losses(
     columns: Axis,
 ) -> list[Tensor]:  # focal and, where there is one, auxiliary loss: scalars, means over pixels, sums over maps
     """Losses of a few maps."""
-    logits = along(rows.resize, masks, columns.resize)
-    empty = target is None
-    flipped, weight = (logits, None) if empty else (logits * (1 - 2 * target), 1 - 2 * target / 3)
-    losses = [FocalOfNegatives.apply(flipped, weight)]
-    if auxiliary == "dice" and not empty:
-        losses.append(dice_loss(logits[None], target[None], 1.0))
+    losses = [Focal.apply(masks, target, rows, columns)]
     if auxiliary == "ssim":
-        losses.append(similarity_loss(masks, logits, target, rows, columns))
-    if auxiliary == "ssim-probabilities":
-        target = torch.zeros_like(logits) if empty else target
-        losses.append(len(masks) * ssim_loss(logits.sigmoid()[None], target[None]))
+        losses.append(similarity_loss(masks, target, rows, columns))
+    elif auxiliary == "ssim-probabilities" or auxiliary == "dice" and target is not None:
+        logits = along(rows.resize, masks, columns.resize)
+        target = torch.zeros_like(logits) if target is None else target
+        losses.append(len(masks) * AUXILIARY[auxiliary](logits[None], target[None], len(masks)))
     return losses
 
 # %% ../nbs/50_losses.ipynb #c565d6d4

@@ -119,7 +119,9 @@ def make_optimiser(
     recipe: Recipe,
 ) -> torch.optim.AdamW:
     """AdamW over everything that learns, with one rate and one weight decay for all, norms included."""
-    return torch.optim.AdamW(model.trained_tensors().values(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    return torch.optim.AdamW(
+        model.trained_tensors().values(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
+    )
 
 # %% ../nbs/92_train.ipynb #67484466
 RECIPE, WEIGHTS, BEST, RESULTS = "recipe.yaml", "model.safetensors", "best.safetensors", "results.json"

@@ -263,7 +263,7 @@ def test_interpolation_equals_torch_on_maps():
     position = torch.randn(1 + 49, 5)
     maps = position[1:].reshape(7, 7, 5).permute(2, 0, 1)[None]
     expected = F.interpolate(maps, (10, 13), mode="bilinear", align_corners=False)[0].permute(1, 2, 0).reshape(-1, 5)
-    assert torch.allclose(interpolate_position_embedding(position, (10, 13))[1:], expected, atol=1e-5)
+    assert torch.allclose(interpolate_position_embedding(position, (10, 13))[1:], expected, atol=1e-6)
 
 
 def test_the_templates_in_code_are_those_in_the_files():

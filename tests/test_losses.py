@@ -17,7 +17,7 @@ from sptseg.core import IGNORE, UNSEEN, UserError
 from sptseg.losses import (
     Blur,
     EmptySimilarity,
-    FocalOfNegatives,
+    Focal,
     Similarity,
     along,
     count_masks,
@@ -254,9 +254,11 @@ def test_hand_written_derivatives_are_right():
     maps, target = torch.randn(2, 6, 5, dtype=torch.float64), torch.randint(0, 2, (2, 6, 5)).double()
     x, square, product = (part.requires_grad_() for part in (maps, (maps + 1) ** 2, maps * target))
     assert torch.autograd.gradcheck(Blur.apply, [x])
-    assert torch.autograd.gradcheck(FocalOfNegatives.apply, [x, None])
-    assert torch.autograd.gradcheck(FocalOfNegatives.apply, [x, target])
-    assert torch.autograd.gradcheck(EmptySimilarity.apply, [x, square])
+    masks = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
+    axes = make_axis(3, 6, masks), make_axis(2, 5, masks)
+    assert torch.autograd.gradcheck(lambda masks: Focal.apply(masks, None, *axes), masks)
+    assert torch.autograd.gradcheck(lambda masks: Focal.apply(masks, target, *axes), masks)
+    assert torch.autograd.gradcheck(lambda masks: EmptySimilarity.apply(masks, *axes), masks)
     assert torch.autograd.gradcheck(Similarity.apply, [x, square, Blur.apply(target), product])
 
 
