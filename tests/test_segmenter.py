@@ -13,14 +13,18 @@ from sptseg.core import UserError
 from sptseg.segmenter import (
     METHODS,
     average_windows,
+    best_classes,
     build_segmenter,
     class_scores,
+    contenders,
     load_segmenter,
+    merge_windows,
     predict_labels,
     read_segmenter_file,
     resize_masks,
     save_segmenter,
     slide_scores,
+    window_places,
     window_starts,
 )
 
@@ -127,6 +131,24 @@ def test_labels_of_many_classes_are_those_of_all_scores_at_once(count, size):
         expected = resize_masks(scores, output_size or size).argmax(1)[0]
         found = predict_labels(model, image, text, stride=26, seen=seen, output_size=output_size)
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("present", [0, 1, 5, 60])
+@pytest.mark.parametrize("num_classes", [20, 59, 171])
+def test_classes_that_win_nowhere_are_left_out_and_change_nothing(num_classes, present):
+    torch.manual_seed(present)
+    masks, sides, seen = torch.randn(4, num_classes, 4, 5) - 7, (45, 71), range(0, num_classes, 2)
+    masks[:, torch.randperm(num_classes)[:present]] += 6
+    places = window_places(sides, (32, 40), (26, 33))
+    assert len(places) == len(masks)
+    scores = merge_windows(class_scores(resize_masks(masks, (32, 40)), seen), places, sides)
+    for size in (sides, (50, 40)):
+        expected = resize_masks(scores, size)[0]
+        found = contenders(masks, lambda classes, all_scores=expected: all_scores[classes], seen)
+        assert set(expected.argmax(0).flatten().tolist()) <= set(found.tolist())
+        assert len(found) < num_classes or present in (0, 60), "something is left out"
+        labels = best_classes(masks, places, (32, 40), sides, seen=seen, output_size=size)
+        assert torch.equal(labels, expected.argmax(0))
 
 
 def test_windows_may_be_oblong():
