@@ -43,7 +43,7 @@ def embed_patches(
     class_embedding_count: int = 2,  # how often the class embedding enters token 0: 2 in the releases, 1 in CLIP
 ) -> Tensor:  # (B, 1 + h·w, D): cls token, then patch tokens in row order
     """Patches, position embeddings and `ln_pre`: the input of the first block, before any prompt."""
-    maps = visual.conv1(images)
+    maps = visual.conv1(images.contiguous(memory_format=torch.channels_last))  # gives tokens in a row
     position = interpolate_position_embedding(visual.positional_embedding, maps.shape[-2:])
     cls = (class_embedding_count * visual.class_embedding + position[0]).expand(len(images), 1, -1)
     return visual.ln_pre(torch.cat([cls, maps.flatten(2).mT + position[1:]], 1))
