@@ -306,7 +306,7 @@ def interpolate_position_embedding(
     side = int((position.shape[0] - 1) ** 0.5)
     if tuple(grid) == (side, side):
         return position
-    maps = position[1:].T.unflatten(1, (side, side))[None]
+    maps = position[1:].unflatten(0, (1, side, side)).movedim(-1, 1)  # (1, D, n, n), channels last
     resized = F.interpolate(maps, size=tuple(grid), mode="bilinear", align_corners=False)
     return torch.cat([position[:1], resized[0].flatten(1).T])
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -170,15 +171,34 @@ def test_no_process_survives_the_one_that_started_it(tmp_path, kill):
     assert not processes_of(marker)
 
 
+def torchrun(out, settings, *options, **pipes):
+    """A running `torchrun … sptseg train` of two processes in all."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", *options, "-m", "sptseg.cli"]
+    values = [f"{key}={value}" for key, value in settings.items() if key != "dataset"]
+    command += ["train", "demo/smoke", "--quiet", "--out", str(out), *values]
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, **pipes)
+
+
 @pytest.mark.slow
 def test_torchrun_trains_once_and_continues(tmp_path, whole):
     expected = whole(method="zegclip")
-    settings = [f"{key}={value}" for key, value in {**TINY, "method": "zegclip"}.items() if key != "dataset"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", "-m", "sptseg.cli", "train", "demo/smoke", "--quiet"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    one_node = ("--nproc-per-node", "2", "--rdzv-endpoint", "localhost:0")
     for _ in range(2):  # the second time it is finished already
-        done = subprocess.run([*command, "--out", str(tmp_path), *settings], env=environment, capture_output=True)
-        assert done.returncode == 0, done.stderr.decode()
-        assert done.stdout.decode().count("weights and results") == 1, "the first process speaks for all"
+        run = torchrun(tmp_path, {**TINY, "method": "zegclip"}, *one_node, stdout=subprocess.PIPE)
+        printed = run.communicate()[0]
+        assert run.returncode == 0 and printed.count("weights and results") == 1, "the first process speaks for all"
+    check_equal((json.loads((tmp_path / RESULTS).read_text()), load_file(tmp_path / WEIGHTS)), expected)
+
+
+@pytest.mark.slow
+def test_two_nodes_are_as_one(tmp_path, whole):
+    """Two nodes that find each other as in the README, though both are on this computer."""
+    expected = whole(method="zegclip")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    node = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "run", "--rdzv-endpoint", f"localhost:{port}")
+    nodes = [torchrun(tmp_path, {**TINY, "method": "zegclip"}, *node, stdout=subprocess.PIPE) for _ in range(2)]
+    printed = "".join(run.communicate()[0] for run in nodes)
+    assert [run.returncode for run in nodes] == [0, 0] and printed.count("weights and results") == 1
     check_equal((json.loads((tmp_path / RESULTS).read_text()), load_file(tmp_path / WEIGHTS)), expected)
