@@ -198,7 +198,7 @@ def slide_scores(
 
 # %% ../nbs/60_segmenter.ipynb #feac8c3f
 CLASSES_AT_ONCE = 16
-ROUNDING = 1e-5  # more than rounding adds to a score while masks are resized and averaged
+ROUNDING = 100  # in units of the last place: more than a score gains while masks are resized and averaged
 
 
 def contenders(
@@ -210,7 +210,7 @@ def contenders(
     extremes = masks.amin((0, 2, 3)), masks.amax((0, 2, 3))
     lowest, highest = (class_scores(values[None, :, None, None], seen).flatten() for values in extremes)
     leaders = highest.topk(min(CLASSES_AT_ONCE, len(highest))).indices
-    floor = torch.maximum(scores_of(leaders).amax(0).min(), lowest.max()) - ROUNDING
+    floor = torch.maximum(scores_of(leaders).amax(0).min(), lowest.max()) - ROUNDING * torch.finfo(masks.dtype).eps
     return (~(highest < floor)).nonzero()[:, 0]
 
 

@@ -151,6 +151,14 @@ def test_classes_that_win_nowhere_are_left_out_and_change_nothing(num_classes, p
         assert torch.equal(labels, expected.argmax(0))
 
 
+def test_rounding_leaves_out_no_winner():
+    """In bfloat16, scores have two digits."""
+    masks = (torch.randn(1, 50, 6, 6, generator=torch.Generator().manual_seed(0)) - 3).bfloat16()
+    scores = class_scores(resize_masks(masks, (48, 48)))[0]
+    found = contenders(masks, lambda classes: scores[classes], ())
+    assert set(scores.argmax(0).flatten().tolist()) <= set(found.tolist())
+
+
 def test_windows_may_be_oblong():
     image = torch.randn(1, 3, 50, 41)
     found = average_windows(lambda windows: windows + 1, image, window=(16, 40), stride=(11, 3))
