@@ -188,9 +188,11 @@ def test_what_needs_no_training_is_measured_once(root, monkeypatch):
 
 def test_efficiency_shows_the_published_counts():
     numbers = tables.table_numbers("efficiency", "voc", [], ROOT).set_index("row")
-    for column in ("parameters counted, M", "multiply-adds, G"):
+    record = json.loads((ROOT / "data/results/complexity/zegclip-voc.json").read_text())["operations"]
+    detours = (record["published, with the releases' detours"] - record["published"]) / 1e9
+    for column, left_out in (("parameters counted, M", 0), ("multiply-adds, G", detours)):
         ours, theirs = numbers[column]["ZegCLIP"], numbers[f"published {column}"]["ZegCLIP"]
-        assert abs(ours - theirs) < 0.06, column
+        assert abs(ours + left_out - theirs) < 0.06, column
     costs = numbers["multiply-adds, G"]
     assert costs["CLIP"] < costs["ZegCLIP"] < costs["SPT-SEG"]
     shown = tables.table_frame("efficiency", "voc", [], ROOT).set_index("row")
