@@ -206,10 +206,12 @@ def contenders(
     scores_of: Callable[[Tensor], Tensor],  # ids (k,) → scores (k, height, width)
     seen: Sequence[int],  # see `class_scores`
 ) -> Tensor:  # ids, ascending
-    """The classes that may be the best one somewhere."""
+    """The classes that may be the best one somewhere; all of them where looking costs more than it can save."""
+    if masks.shape[1] <= 2 * CLASSES_AT_ONCE:
+        return torch.arange(masks.shape[1], device=masks.device)
     extremes = masks.amin((0, 2, 3)), masks.amax((0, 2, 3))
     lowest, highest = (class_scores(values[None, :, None, None], seen).flatten() for values in extremes)
-    leaders = highest.topk(min(CLASSES_AT_ONCE, len(highest))).indices
+    leaders = highest.topk(CLASSES_AT_ONCE).indices
     floor = torch.maximum(scores_of(leaders).amax(0).min(), lowest.max()) - ROUNDING * torch.finfo(masks.dtype).eps
     return (~(highest < floor)).nonzero()[:, 0]
 
