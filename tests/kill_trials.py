@@ -21,7 +21,7 @@ from tqdm import tqdm
 from sptseg.checkpoint import checkpoints
 from sptseg.train import BEST, RESULTS, WEIGHTS
 
-SETTINGS = ["setting=transductive", "iterations=60", "checkpoint_every=1", "eval_every=5", "val_pictures=4"]
+SETTINGS = ["setting=transductive", "iterations=160", "checkpoint_every=1", "eval_every=5", "val_pictures=4"]
 
 
 def start(out: Path) -> subprocess.Popen:
