@@ -1,7 +1,10 @@
 """The data pipeline: sizes, crops, colours, order of the steps, and where its random numbers come from."""
 
+import colorsys
+
 import pytest
 import torch
+from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from sptseg.core import IGNORE, UNSEEN, UserError
@@ -11,6 +14,7 @@ from sptseg.data.transforms import (
     SegmentationData,
     TestTransform,
     TrainTransform,
+    hsv_to_rgb,
     is_varied,
     normalise,
     pad_to,
@@ -77,6 +81,23 @@ def test_resizing_interpolates_between_half_pixel_centres():
     assert resize_image(ramp, (2, 4))[0, 0].tolist() == [0, 25, 75, 100]
 
 
+@pytest.mark.parametrize("size", [(60, 80), (37, 49), (131, 173), (60, 33), (240, 320)])
+def test_resizing_is_bilinear_interpolation_in_double_precision(size):
+    image = random_sample().image
+    exact = functional.interpolate(image.double()[None], size, mode="bilinear")[0]
+    assert (resize_image(image, size) - exact).abs().max() < 0.5001
+
+
+def test_a_box_of_a_resized_picture_is_the_same_as_a_crop_of_all_of_it():
+    image = random_sample(45, 70).image
+    for index in range(40):
+        generator = sample_generator(0, 0, index)
+        size = random_size((45, 70), (64, 256), (0.5, 2), generator)
+        top, left, height, width = box = random_box(size, 64, generator)
+        whole = resize_image(image, size)
+        assert torch.equal(resize_image(image, size, box), whole[:, top : top + height, left : left + width])
+
+
 def test_masks_take_the_nearest_label_and_invent_none():
     mask = torch.tensor([[0, 255], [7, 3]], dtype=torch.uint8)
     assert resize_mask(mask, (4, 4)).tolist() == mask.repeat_interleave(2, 0).repeat_interleave(2, 1).tolist()
@@ -122,6 +143,32 @@ def test_hsv_equals_opencv():
     rgb = torch.tensor([[109, 130, 194], [200, 30, 31], [12, 250, 249], [90, 90, 89], [255, 128, 1], [3, 2, 1]])
     hsv = [[113, 112, 194], [0, 217, 200], [90, 243, 250], [30, 3, 90], [15, 254, 255], [15, 170, 3]]
     assert rgb_to_hsv(rgb.T[:, None].to(torch.uint8))[:, 0].T.tolist() == hsv
+
+
+def test_hsv_is_opencvs_fixed_point_formula_for_one_colour_in_27_and_all_greys():
+    levels, grey = torch.arange(0, 256, 3), torch.arange(256).expand(3, -1)
+    red, green, blue = rgb = torch.cat([torch.cartesian_prod(levels, levels, levels).T, grey], 1)
+    value = rgb.amax(0)
+    delta = value - rgb.amin(0)
+    by_value, by_delta = (
+        (scale * 4096 / part.clamp(min=1)).round().long() for scale, part in ((255, value), (30, delta))
+    )
+    sector = torch.where(value == green, blue - red + 2 * delta, red - green + 4 * delta)
+    hue = (torch.where(value == red, green - blue, sector) * by_delta + 2048) >> 12
+    expected = torch.stack([hue + 180 * (hue < 0), (delta * by_value + 2048) >> 12, value])
+    assert torch.equal(rgb_to_hsv(rgb[:, None].to(torch.uint8))[:, 0].long(), expected)
+
+
+def test_the_way_back_from_hsv_agrees_with_the_standard_library():
+    hsv = torch.cartesian_prod(torch.arange(0, 180, 7), torch.arange(0, 256, 15), torch.arange(0, 256, 15))
+    expected = torch.tensor([colorsys.hsv_to_rgb(h / 180, s / 255, v / 255) for h, s, v in hsv.tolist()]).T * 255
+    assert (hsv_to_rgb(hsv.T[:, None].to(torch.uint8))[:, 0] - expected).abs().max() < 0.501
+
+
+def test_colours_do_not_depend_on_how_many_rows_are_changed_at_a_time():
+    image = random_sample(150, 40).image
+    one_by_one = [shift_hue(scale_saturation(row, 0.7), 5) for row in image.split(1, 1)]
+    assert torch.equal(shift_hue(scale_saturation(image, 0.7), 5), torch.cat(one_by_one, 1))
 
 
 def test_hue_shift_by_nothing_or_a_full_circle_keeps_colours():

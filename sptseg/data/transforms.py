@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'Sample', 'check_sample', 'sample_generator', 'uniform', 'coin', 'rescaled_size',
-           'random_size', 'resize_image', 'resize_mask', 'random_box', 'is_varied', 'varied_box', 'rgb_to_hsv',
-           'hsv_to_rgb', 'scale_and_shift', 'scale_saturation', 'shift_hue', 'photometric_distortion', 'normalise',
-           'pad_to', 'TrainTransform', 'TestTransform', 'SegmentationData']
+           'random_size', 'resize_rows', 'resize_image', 'resize_mask', 'random_box', 'is_varied', 'varied_box',
+           'rgb_to_hsv', 'hsv_to_rgb', 'scale_and_shift', 'change_hsv', 'scale_saturation', 'shift_hue',
+           'photometric_distortion', 'normalise', 'pad_to', 'TrainTransform', 'TestTransform', 'SegmentationData']
 
 # %% ../../nbs/80_data.transforms.ipynb #1bbcdfb3
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -93,13 +94,28 @@ def random_size(
     return rescaled_size(size, (int(image_scale[0] * ratio), int(image_scale[1] * ratio)))
 
 # %% ../../nbs/80_data.transforms.ipynb #e248384f
+def resize_rows(
+    image: Tensor,  # (n, H, W) float
+    height: int,  # h', rows of the whole result
+    first: int,  # first row that is wanted
+    count: int,  # how many are wanted
+) -> Tensor:  # (n, count, W)
+    "Some rows of a picture that is resized to another height."
+    place = torch.arange(first, first + count, dtype=torch.float64).add_(0.5).mul_(image.shape[1] / height).sub_(0.5)
+    above = place.clamp_(min=0).long()
+    below = (above + 1).clamp_(max=image.shape[1] - 1)
+    return image.index_select(1, above).lerp_(image.index_select(1, below), (place - above).float()[:, None])
+
+
 def resize_image(
     image: Tensor,  # (3, H, W) uint8
     size: tuple[int, int],  # (height, width)
-) -> Tensor:  # (3, height, width) uint8
+    box: tuple[int, int, int, int] | None = None,  # (top, left, height, width) of the part that is wanted; None: all
+) -> Tensor:  # (3, height, width) uint8, of the box if there is one
     "Bilinear, half-pixel centres, without antialias."
-    resized = F.resize(tv_tensors.Image(image.float()), list(size), antialias=False)
-    return resized.as_subclass(Tensor).round_().to(torch.uint8)
+    top, left, height, width = box or (0, 0, *size)
+    columns = (resize_rows(channel.mT.float(), size[1], left, width) for channel in image.split(1))
+    return torch.cat([resize_rows(part.mT.contiguous(), size[0], top, height).round_().byte() for part in columns])
 
 
 def resize_mask(
@@ -148,25 +164,29 @@ def rgb_to_hsv(
 ) -> Tensor:  # (3, H, W) uint8: hue in half degrees 0..179, saturation, value
     "RGB to HSV, equal to OpenCV's conversion of bytes (whole numbers below 2^24 are exact in float32)."
     red, green, blue = image.float().unbind(0)
-    value = image.amax(0).float()
-    delta = value - image.amin(0).float()
+    value = torch.maximum(torch.maximum(red, green), blue)
+    delta = value - torch.minimum(torch.minimum(red, green), blue)
 
     def fixed_point(numerator, scale, divisor):
-        return (numerator * (scale * 4096 / divisor.clamp(min=1)).round_() + 2048).div_(4096).floor_()
+        return (scale * 4096 / divisor.clamp(min=1)).round_().mul_(numerator).add_(2048).div_(4096).floor_()
 
-    sector = torch.where(value == green, blue - red + 2 * delta, red - green + 4 * delta)
-    hue = fixed_point(torch.where(value == red, green - blue, sector), 30, delta)
-    return torch.stack([torch.where(hue < 0, hue + 180, hue), fixed_point(delta, 255, value), value]).to(torch.uint8)
+    def is_largest(channel):  # 1 or 0, as a number
+        return (channel - value + 1).clamp_(min=0)
+
+    sector = torch.lerp(red - green + 4 * delta, blue - red + 2 * delta, is_largest(green))
+    hue = fixed_point(sector.lerp_(green - blue, is_largest(red)), 30, delta)
+    is_negative = (-hue).clamp_(0, 1)
+    return torch.stack([hue + 180 * is_negative, fixed_point(delta, 255, value), value]).byte()
 
 # %% ../../nbs/80_data.transforms.ipynb #64c8fff2
 def hsv_to_rgb(
     hsv: Tensor,  # (3, H, W) uint8: hue in half degrees, saturation, value
 ) -> Tensor:  # (3, H, W) uint8, RGB
-    "HSV to RGB: each channel is V (1 - S clamp(min(k, 4 - k), 0, 1)) with k = (n + H / 30) mod 6, n = 5, 3, 1."
+    "HSV to RGB, rounded to whole numbers."
     hue, saturation, value = hsv.float().unbind(0)
-    position = (torch.tensor([5.0, 3.0, 1.0])[:, None, None] + hue / 30) % 6
-    weight = torch.minimum(position, 4 - position).clamp_(0, 1)
-    return (value * (1 - saturation / 255 * weight)).round_().to(torch.uint8)
+    sector, saturation = hue / 30, saturation / 255
+    missing = 2 - (sector - 3).abs(), (sector - 2).abs() - 1, (sector - 4).abs() - 1  # of red, green and blue
+    return torch.stack([(value * (1 - saturation * part.clamp_(0, 1))).round_().byte() for part in missing])
 
 # %% ../../nbs/80_data.transforms.ipynb #a2940a91
 def scale_and_shift(
@@ -175,16 +195,26 @@ def scale_and_shift(
     shift: float = 0.0,  # β
 ) -> Tensor:  # uint8: α x + β, cut off at 0 and 255, fraction dropped
     "Linear change of byte values."
-    return (values.float() * scale + shift).clamp_(0, 255).to(torch.uint8)
+    return (values.float() * scale).add_(shift).clamp_(0, 255).byte()
 
 # %% ../../nbs/80_data.transforms.ipynb #d1c9363f
+def change_hsv(
+    image: Tensor,  # (3, H, W) uint8, RGB
+    change: Callable[[Tensor], object],  # changes (3, h, W) uint8, HSV, in place
+) -> Tensor:  # (3, H, W) uint8, RGB
+    "Change a picture in its HSV form, 64 rows at a time: so many fit into a processor's cache."
+    strips = [rgb_to_hsv(strip) for strip in image.split(64, 1)]
+    for strip in strips:
+        change(strip)
+    return torch.cat([hsv_to_rgb(strip) for strip in strips], 1)
+
+
 def scale_saturation(
     image: Tensor,  # (3, H, W) uint8, RGB
     scale: float,  # α
 ) -> Tensor:  # (3, H, W) uint8, RGB
     "Make colours paler (α < 1) or stronger (α > 1)."
-    hue, saturation, value = rgb_to_hsv(image)
-    return hsv_to_rgb(torch.stack([hue, scale_and_shift(saturation, scale), value]))
+    return change_hsv(image, lambda hsv: hsv[1].copy_(scale_and_shift(hsv[1], scale)))
 
 
 def shift_hue(
@@ -192,8 +222,7 @@ def shift_hue(
     shift: int,  # δ, half degrees
 ) -> Tensor:  # (3, H, W) uint8, RGB
     "Turn the colour circle."
-    hue, saturation, value = rgb_to_hsv(image)
-    return hsv_to_rgb(torch.stack([((hue.int() + shift) % 180).to(torch.uint8), saturation, value]))
+    return change_hsv(image, lambda hsv: hsv[0].copy_((hsv[0].int() + shift) % 180))
 
 # %% ../../nbs/80_data.transforms.ipynb #43d56a9d
 def photometric_distortion(
@@ -267,9 +296,9 @@ class TrainTransform:
         generator: Generator,  # the source of all draws
     ) -> tuple[Tensor, Tensor]:  # (3, c, c) float32 and (c, c) int64
         size = random_size(mask.shape, self.image_scale, self.ratio_range, generator)
-        image, mask = resize_image(image, size), resize_mask(mask, size)
+        mask = resize_mask(mask, size)
         box = varied_box(mask, self.crop_size, self.max_share, generator)
-        image, mask = F.crop(image, *box), F.crop(mask, *box)
+        image, mask = resize_image(image, size, box), F.crop(mask, *box)
         if coin(generator, self.flip):
             image, mask = F.horizontal_flip(image), F.horizontal_flip(mask)
         if self.photometric:
