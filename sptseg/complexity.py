@@ -6,8 +6,9 @@
 __all__ = ['PUBLISHED', 'KINDS', 'FVCORE_KINDS', 'ELEMENTWISE', 'RULES', 'FREE', 'PARTS', 'vit_b_16', 'leftover_modules',
            'count_values', 'PictureScores', 'PlainCLIP', 'shape_of', 'attention_rule', 'fourier_rule',
            'elementwise_rule', 'filter_computed_before', 'count_operations', 'conventions', 'release_detours',
-           'cpu_attention', 'count_by_torch', 'part_of', 'by_part', 'multiply_adds_by_part', 'peak_memory', 'timed',
-           'random_pictures', 'train_step', 'measure_training']
+           'cpu_attention', 'cpu_attention_backward', 'torch_counter', 'count_by_torch', 'part_of', 'by_part',
+           'multiply_adds_by_part', 'peak_memory', 'timed', 'random_pictures', 'train_step', 'measure_training',
+           'count_step', 'product_rate']
 
 # %% ../nbs/64_complexity.ipynb #dd1242e9
 import math
@@ -25,7 +26,7 @@ from fvcore.nn import FlopCountAnalysis
 from open_clip.transformer import QuickGELU, VisionTransformer
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from .data.files import FileSamples
 from .encoder import PromptedEncoder
@@ -258,14 +259,26 @@ def cpu_attention(query: list, key: list, value: list, *others, **outputs) -> in
     return sdpa_flop_count(query, key, value)
 
 
+def cpu_attention_backward(output: list, query: list, key: list, value: list, *others, **outputs) -> int:
+    """The same for its backward pass: five products for the two of the forward pass."""
+    return sdpa_backward_flop_count(output, query, key, value)
+
+
+def torch_counter() -> FlopCounterMode:
+    """PyTorch's counter of operations, complete on CPUs, too."""
+    name = "_scaled_dot_product_flash_attention_for_cpu"
+    rules = {getattr(torch.ops.aten, name): cpu_attention}
+    rules |= {getattr(torch.ops.aten, f"{name}_backward"): cpu_attention_backward}
+    return FlopCounterMode(display=False, custom_mapping=rules)
+
+
 def count_by_torch(
     model: nn.Module,  # a `Segmenter` or `PlainCLIP`
     images: Tensor,  # (B, 3, H, W)
     text: Tensor,  # (C, d)
 ) -> pd.Series:  # module → multiply-adds of products and attention, submodules included; "" for all
     """Count with PyTorch's own counter."""
-    rules = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: cpu_attention}
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=rules) as counter:
+    with torch.no_grad(), torch_counter() as counter:
         PictureScores(model)(images, text)
     counts = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items() if name != "Global"}
     clean = {
@@ -408,3 +421,24 @@ def measure_training(
         "iterations": len(working),
         "last loss": loss,
     }
+
+# %% ../nbs/64_complexity.ipynb #997d4758
+def count_step(
+    step: Callable[[], object],  # a training step
+) -> int:  # operations
+    """Operations of a step's products and attention, forward and backward, by PyTorch's counter."""
+    with torch_counter() as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def product_rate(
+    device: torch.device,
+    bf16: bool = False,  # factors in bfloat16 instead of float32
+    repeats: int = 5,
+) -> float:  # operations per second
+    """The rate of a large matrix product, the best of some."""
+    side = 8192 if device.type == "cuda" else 1024
+    factor = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    factor @ factor  # the first one takes longer
+    return 2 * side**3 / min(timed(lambda: factor @ factor, device)[1] for _ in range(repeats))

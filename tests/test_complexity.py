@@ -19,11 +19,13 @@ from sptseg.complexity import (
     conventions,
     count_by_torch,
     count_operations,
+    count_step,
     count_values,
     leftover_modules,
     measure_training,
     multiply_adds_by_part,
     peak_memory,
+    product_rate,
     random_pictures,
     release_detours,
     train_step,
@@ -215,6 +217,21 @@ def test_training_is_measured_from_the_second_iteration_on():
     assert measured["images/s"] * measured["seconds per iteration"] == pytest.approx(2)
 
 
+def test_a_step_counts_products_of_both_passes_and_seven_for_attention():
+    linear, tokens = torch.nn.Linear(8, 6, bias=False), torch.randn(5, 8, requires_grad=True)
+    product = 2 * 5 * 8 * 6
+    assert count_step(lambda: linear(tokens).sum().backward()) == 3 * product  # output, gradients of input and weight
+    assert count_step(lambda: linear.requires_grad_(False)(tokens).sum().backward()) == 2 * product
+    parts = [torch.randn(1, 2, count, 4, requires_grad=True) for count in (7, 9, 9)]
+    step = lambda: F.scaled_dot_product_attention(*parts).sum().backward()  # noqa: E731
+    assert count_step(step) == 7 * (2 * 2 * 7 * 9 * 4)  # two forward, five backward
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_rate_of_products_is_that_of_a_computer(bf16):
+    assert 1e8 < product_rate(torch.device("cpu"), bf16, repeats=1) < 1e15
+
+
 def test_peak_memory_never_falls():
     before = peak_memory(torch.device("cpu"))
     held = torch.ones(2**24)
@@ -240,6 +257,7 @@ def test_the_notebook_writes_its_results(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["commit"] and results["seed"] == 0 and results["command"] and results["versions"]["torch"]
     assert set(results["training"]["by precision"]) == {"no", "bf16"} and len(results["smoke"]) == 3
+    assert all(0 < one["share of the peak"] < 1 for one in results["training"]["by precision"].values())
     assert results["operations"]["published"] == sum(p["published"] for p in results["operations by part"].values())
     if not torch.cuda.is_available():
         assert results["gpu"] == "not measured" and "not measured" in executed.read_text()

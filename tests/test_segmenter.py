@@ -7,6 +7,7 @@ import torch
 from open_clip.transformer import QuickGELU, VisionTransformer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from sptseg.core import UserError
@@ -62,6 +63,17 @@ def test_methods_are_made_of_the_two_parts():
         assert (model.encoder.spectral_prompt is not None) == (method in ("spt-seg", "zegclip+spt"))
         assert hasattr(model.decoder.last, "hilo") == (method in ("spt-seg", "zegclip+sgd"))
     assert make(prompted_blocks=2).encoder.deep_prompts.embeddings.shape == (2, 3, 24)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 64)])
+@pytest.mark.parametrize("method", METHODS)
+def test_everything_is_computed_where_the_model_is(method, size):
+    """Fake tensors know their device without having it: an operand left on the CPU raises an error."""
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            model = make(method).train()
+        masks = model(torch.empty(2, 3, *size, device="cuda"), torch.empty(5, 16, device="cuda"))
+        assert masks.device.type == "cuda" and masks.shape == (2, 5, size[0] // 8, size[1] // 8)
 
 
 @pytest.mark.parametrize(
