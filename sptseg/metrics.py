@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['HEADLINE', 'class_iou', 'pixel_accuracy', 'harmonic_mean', 'Scores', 'scores_from_matrix', 'summarise', 'check_ids',
-           'SegmentationMetrics']
+           'counting_as_usual', 'SegmentationMetrics']
 
 # %% ../nbs/70_metrics.ipynb #45d54676
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -108,6 +110,17 @@ def check_ids(
         )
 
 # %% ../nbs/70_metrics.ipynb #49a7782c
+@contextmanager
+def counting_as_usual() -> Iterator[None]:
+    "Allow operations that add in any order."
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 class SegmentationMetrics:
     "Collects counts over a test set and computes `Scores`."
 
@@ -130,7 +143,8 @@ class SegmentationMetrics:
         prediction, label = prediction[known].long(), label[known].long()
         check_ids(label, len(self.label_set.classes), "label")
         check_ids(prediction, len(self.label_set.classes), "prediction")
-        self.confusion.to(label.device).update(prediction, label)
+        with counting_as_usual():
+            self.confusion.to(label.device).update(prediction, label)
 
     def merge(
         self,

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
@@ -174,8 +173,9 @@ class Run:
     def masks(self, images: Tensor, text: Tensor, part: int) -> Tensor:  # of one micro-batch
         recipe, rank = self.recipe, self.accelerator.process_index
         set_iteration_seed(recipe.seed, self.done, rank * recipe.micro_batches + part)
-        with self.accelerator.autocast():
-            return self.model(images, text)
+        bf16 = recipe.mixed_precision == "bf16"
+        with torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16, enabled=bf16):
+            return self.model(images, text).float()
 
     def average(self, value: Tensor) -> Tensor:  # over the processes
         return self.accelerator.reduce(value, "mean")
@@ -304,6 +304,9 @@ def record(
         save_checkpoint(run.out, done, tensors, run.optimiser, run.history, recipe.keep_checkpoints)
 
 # %% ../nbs/92_train.ipynb #61bed8c3
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # determinism needs it before a GPU's first product
+
+
 @contextmanager
 def determinism(
     wanted: bool,
@@ -313,7 +316,6 @@ def determinism(
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     try:
@@ -324,17 +326,12 @@ def determinism(
 
 
 def make_accelerator(
-    recipe: Recipe,
     out: Path,  # folder of the run; TensorBoard events go to its subfolder "tensorboard"
 ) -> Accelerator:
-    """Device, precision and processes; without a GPU the CPU is used."""
-    if AcceleratorState._shared_state and AcceleratorState().num_processes == 1:
-        AcceleratorState._reset_state(
-            reset_partial_state=True
-        )  # an earlier run of this process may have had another precision
+    """Device, processes and log; without a GPU the CPU is used."""
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
-        mixed_precision=recipe.mixed_precision,
+        mixed_precision="no",  # `Run.masks` sees to that: evaluations are not concerned
         log_with="tensorboard",
         project_dir=out,
     )
@@ -404,7 +401,7 @@ def train_here(
     """Train in this process, alone or as one of several that a launcher started."""
     start = time.monotonic()
     with determinism(recipe.deterministic):
-        accelerator = make_accelerator(recipe, out)
+        accelerator = make_accelerator(out)
         try:
             run = Run(recipe, out, accelerator, progress)
             iterate(run)

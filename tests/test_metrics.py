@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sptseg.core import IGNORE, UserError
 from sptseg.metrics import SegmentationMetrics, class_iou, harmonic_mean, pixel_accuracy, scores_from_matrix
@@ -49,6 +50,27 @@ def test_numbers_equal_a_plain_reimplementation(seed, name):
     scores, expected = measured(labels, *maps), by_hand(labels, *maps)
     assert (scores.pAcc, scores.miou_seen, scores.miou_unseen, scores.hiou) == pytest.approx(expected[:4], abs=1e-10)
     assert list(scores.iou.values()) == pytest.approx(expected[4], abs=1e-10, nan_ok=True)
+
+
+def test_deterministic_mode_neither_changes_counts_nor_needs_pixels_times_cells_of_memory():
+    """Deterministic counting compares every pixel with each of 171² cells."""
+    prediction, label = random_maps(0, 171)
+    expected, sizes = measured(load_label_set("coco-stuff"), prediction, label), []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            sizes.append(result.numel() if isinstance(result, torch.Tensor) else 0)
+            return result
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        with Sizes():
+            assert measured(load_label_set("coco-stuff"), prediction, label) == expected
+        assert torch.are_deterministic_algorithms_enabled(), "the mode is left as it was"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert max(sizes) < 10 * (label.numel() + 171**2)
 
 
 def test_counting_in_parts_in_any_order_equals_counting_at_once():

@@ -19,7 +19,7 @@ from sptseg.checkpoint import checkpoints
 from sptseg.cli import main
 from sptseg.core import IGNORE, UserError
 from sptseg.data.benchmarks import Benchmark
-from sptseg.evaluate import load_parts
+from sptseg.evaluate import evaluate_weights, load_parts, recipe_of_run
 from sptseg.recipe import check_recipe, learning_rate, phases
 from sptseg.splits import SETTINGS
 from sptseg.train import BEST, RESULTS, WEIGHTS, BatchSampler, best_evaluation, note_on_seen_classes, train
@@ -155,6 +155,15 @@ def test_deterministic_runs_use_deterministic_operations_only(tmp_path, monkeypa
     assert runs[0] == runs[1] == runs[2], "on one CPU thread, the plain run is deterministic, too"
     assert used == [False, False, True, True, True, True]
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_bfloat16_is_for_training_and_evaluations_are_in_float32(tmp_path):
+    changes = {"method": "zegclip", "val_pictures": 20, "iterations": 6}
+    weights = {kind: weights_of(tmp_path / kind, mixed_precision=kind, **changes) for kind in ("no", "bf16")}
+    assert weights["no"] != weights["bf16"]
+    results = json.loads((tmp_path / "bf16" / RESULTS).read_text())
+    evaluated = evaluate_weights(recipe_of_run(tmp_path / "bf16"), tmp_path / "bf16" / WEIGHTS, progress=False)
+    assert evaluated["metrics"] == results["metrics"]
 
 
 def test_tensorboard_gets_losses_metrics_and_pictures(tmp_path):
