@@ -160,7 +160,8 @@ class Run:
         self.origin = provenance()  # now: the checkout may change while the run goes on
         self.progress = progress and accelerator.is_main_process
         self.share = {"rank": accelerator.process_index, "processes": accelerator.num_processes}
-        self.benchmark, clip, text = load_parts(recipe)
+        with accelerator.local_main_process_first():  # CLIP may have to be downloaded
+            self.benchmark, clip, text = load_parts(recipe)
         self.text = text.to(accelerator.device)
         torch.manual_seed(recipe.seed)
         self.segmenter = build_segmenter(clip.visual, recipe.segmenter_config())
@@ -424,5 +425,10 @@ def train(
     if (out / RESULTS).exists():
         return read_results(out / RESULTS)
     if recipe.n_proc > 1 and not in_group():
+        if 0 < torch.cuda.device_count() < recipe.n_proc:
+            gpus = torch.cuda.device_count()
+            raise UserError(
+                f"n_proc: {recipe.n_proc} processes need a GPU each, and {gpus} are here; use n_proc={gpus}"
+            )
         return run_in_processes(train_here, (recipe, out, progress), recipe.n_proc)
     return train_here(recipe, out, progress)

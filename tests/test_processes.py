@@ -110,6 +110,12 @@ def test_evaluation_counts_every_picture_once():
 
 
 @pytest.mark.slow
+def test_more_processes_than_gpus_are_refused_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(UserError, match="n_proc: 4 processes need a GPU each, and 2 are here; use n_proc=2"):
+        train(check_recipe({**TINY, "n_proc": 4}), tmp_path, progress=False)
+
+
 def test_a_mistake_in_a_process_is_the_same_line(tmp_path):
     for processes in (1, 2):
         with pytest.raises(UserError, match=r"^spectral_blocks: '2-1' is no range of blocks within 1-4") as error:
