@@ -384,10 +384,9 @@ def segmentation_loss(
     num_masks: Tensor | None = None,  # K averaged over processes; None: of this batch
 ) -> dict[str, Tensor]:  # weighted scalars "focal", the auxiliary loss by its name, and their sum "loss"
     """The training loss (Eq. 10), computed in float32."""
-    present = present_classes(label, logits.shape[1])
-    num_masks = (present.sum() if num_masks is None else num_masks).clamp(min=1)
+    num_masks = present_classes(label, logits.shape[1]).sum() if num_masks is None else num_masks
     losses = whole_losses if logits.shape[-2:] == label.shape[-2:] else split_losses
-    focal, other = losses(logits.float(), label, auxiliary, num_masks)
+    focal, other = losses(logits.float(), label, auxiliary, num_masks.clamp(min=1))
     terms = {"focal": focal_weight * focal}
     if auxiliary is not None:
         terms[auxiliary] = auxiliary_weight * other

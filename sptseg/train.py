@@ -185,12 +185,13 @@ class Run:
 def compute_gradients(
     run: Run,
     images: Tensor,  # (b, 3, c, c), this process's share of a batch
-    label: Tensor,  # (b, c, c), labels of the phase
+    label: Tensor,  # (b, c, c) uint8, labels of the phase
     setting: str,  # of the phase
 ) -> dict[str, float]:  # weighted losses, averaged over the batch, with their sum under "loss"
     """Forward and backward passes of one batch; leaves the gradients, and the weights as they are."""
     labels, parts, device = run.benchmark.labels, run.recipe.micro_batches, run.accelerator.device
-    images, label = (whole.to(device, non_blocking=True).chunk(parts) for whole in (images, label))
+    images, label = (whole.to(device, non_blocking=True) for whole in (images, label))
+    images, label = images.chunk(parts), label.long().chunk(parts)
     text, masks = run.text[list(text_rows(labels, setting))], [None] * parts
     if setting == "transductive":
         with torch.set_grad_enabled(parts == 1):

@@ -171,6 +171,13 @@ def test_losses_are_computed_in_float32():
     assert halved.dtype == torch.float32 and halved == segmentation_loss(logits.bfloat16().float(), label)["loss"]
 
 
+@pytest.mark.parametrize("auxiliary", ["ssim", "dice"])
+def test_labels_may_be_bytes(auxiliary):
+    logits, label = batch()
+    wide, bytes_ = (segmentation_loss(logits, kind, auxiliary=auxiliary) for kind in (label, label.byte()))
+    assert all(torch.equal(wide[name], bytes_[name]) for name in wide)
+
+
 def test_pseudo_labels_name_the_best_unseen_class_and_nothing_else():
     logits, label = batch()
     logits.requires_grad_()

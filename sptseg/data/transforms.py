@@ -294,7 +294,7 @@ class TrainTransform:
         image: Tensor,  # (3, H, W) uint8, RGB
         mask: Tensor,  # (H, W) uint8, labels already remapped for training
         generator: Generator,  # the source of all draws
-    ) -> tuple[Tensor, Tensor]:  # (3, c, c) float32 and (c, c) int64
+    ) -> tuple[Tensor, Tensor]:  # (3, c, c) float32 and (c, c) uint8
         size = random_size(mask.shape, self.image_scale, self.ratio_range, generator)
         mask = resize_mask(mask, size)
         box = varied_box(mask, self.crop_size, self.max_share, generator)
@@ -304,7 +304,7 @@ class TrainTransform:
         if self.photometric:
             image = photometric_distortion(image, generator)
         image = pad_to(normalise(image, self.mean, self.std), self.crop_size, 0.0)
-        return image, pad_to(mask, self.crop_size, IGNORE).long()
+        return image, pad_to(mask, self.crop_size, IGNORE)
 
 # %% ../../nbs/80_data.transforms.ipynb #b754ac92
 @dataclass(frozen=True, kw_only=True)
@@ -346,7 +346,7 @@ class SegmentationData(Dataset):
     def __getitem__(
         self,
         key: int | tuple[int, int],  # index, or (epoch, index): another epoch draws anew
-    ) -> Sample:  # image float32, mask int64 (training) or uint8 (test)
+    ) -> Sample:  # image float32, mask uint8
         epoch, index = key if isinstance(key, tuple) else (0, key)
         sample = self.base[index]
         check_sample(sample)
