@@ -368,9 +368,9 @@ def random_pictures(
     for index in range(count):
         coarse = rng.integers(0, num_classes, (4, 5), dtype=np.uint8)
         mask = Image.fromarray(coarse).resize(size[::-1], Image.Resampling.NEAREST)
-        picture = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+        noise = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
         pair = root / f"JPEGImages/{index:06d}.jpg", root / f"SegmentationClassAug/{index:06d}.png"
-        for path, content in zip(pair, (picture, mask), strict=True):
+        for path, content in zip(pair, (noise, mask), strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
             content.save(path)
         pairs.append(pair)
@@ -404,18 +404,18 @@ def measure_training(
     skipped: int = 1,  # iterations at the start that are not measured
 ) -> dict:  # "images/s", "seconds per iteration", "share of time waiting for data", "iterations", "last loss"
     """Time every iteration, and how much of it is waiting for the next batch."""
-    waiting, working, pictures, batches = [], [], 0, iter(batches)
+    waiting, working, batch_size, batches = [], [], 0, iter(batches)
     while True:
         batch, seconds = timed(lambda: next(batches, None), device)
         if batch is None:
             break
         images, label = (part.to(device, non_blocking=True) for part in batch[:2])
         loss, busy = timed(lambda images=images, label=label: step(images, label), device)
-        waiting, working, pictures = [*waiting, seconds], [*working, busy], len(images)
+        waiting, working, batch_size = [*waiting, seconds], [*working, busy], len(images)
     waiting, working = np.array(waiting[skipped:]), np.array(working[skipped:])
     total = waiting.sum() + working.sum()
     return {
-        "images/s": pictures * len(working) / float(total),
+        "images/s": batch_size * len(working) / float(total),
         "seconds per iteration": float(total / len(working)),
         "share of time waiting for data": float(waiting.sum() / total),
         "iterations": len(working),

@@ -124,8 +124,8 @@ def image_vectors(
     class_embedding_count: int = 1,  # 1 as in CLIP, 2 as in the releases
 ) -> tuple[Tensor, Tensor]:  # (B, d) of the class token and (B, N, d) of the patches, each of length 1
     """Normalise the colours, and encode; position embeddings are resized to the picture's grid."""
-    images = (pictures.float() - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
-    tokens = clip.visual.transformer(embed_patches(clip.visual, images, class_embedding_count))
+    normalised = (pictures.float() - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
+    tokens = clip.visual.transformer(embed_patches(clip.visual, normalised, class_embedding_count))
     vectors = F.normalize(clip.visual.ln_post(tokens) @ clip.visual.proj, dim=-1)
     return vectors[:, 0], vectors[:, 1:]
 

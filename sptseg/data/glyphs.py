@@ -262,9 +262,9 @@ class GlyphScenes(Dataset):
         count = min(int(rng.integers(2, 5)), len(self.things))
         things = rng.choice(self.things, count, replace=False).tolist()
         grounds = rng.choice(self.grounds or GROUND_NAMES, rng.integers(1, 3), replace=False).tolist()
-        picture, layers = draw_scene(things, grounds, self.size, rng)
+        canvas, layers = draw_scene(things, grounds, self.size, rng)
         ids = np.array([self.ids.get(name, IGNORE) for name in grounds + things], np.uint8)
-        image = torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))
+        image = torch.from_numpy(np.ascontiguousarray(canvas.transpose(2, 0, 1)))
         return Sample(image, torch.from_numpy(ids[layers]), f"glyphs-{self.split}-{self.seed}-{index:06d}")
 
 # %% ../../nbs/81_data.glyphs.ipynb #37eecf83
