@@ -7,7 +7,7 @@
 # How to read this file: a rule says how a file (output) is made from others (input) by a command (shell), for every value
 # of the names in braces. Snakemake starts from the rule that was asked for (tables, table1, figures, …), looks which files
 # it needs, and runs the commands that make them, as many at a time as JOBS says. In the commands, what stands behind
-# `--` is what one can type by hand; what stands before it is explained in nbs/97_batch.ipynb.
+# `--` is what one can type by hand; what stands before it is explained in nbs/84_paper.batch.ipynb.
 #
 # Where to look: data/runs/<recipe>/seed<k>.ipynb is the executed notebook of a run, seed<k>.log what it printed (`tail -f`
 # shows how a long run gets on), the folder seed<k> holds checkpoint and weights. data/results/<recipe>/seed<k>.json is its
@@ -22,8 +22,8 @@
 import logging
 import sys
 
-from sptseg.batch import lock_batch, read_seeds, say, sums_agree, write_plan
-from sptseg.tables import is_current, record_path, recipes_of, rows_of, table_names
+from sptseg.paper.batch import lock_batch, read_seeds, say, sums_agree, write_plan
+from sptseg.paper.tables import is_current, record_path, recipes_of, rows_of, table_names
 
 BENCH = str(config.get("bench", "glyphs-20"))
 SEEDS = read_seeds(config.get("seeds", 3))  # 3 means seeds 0, 1, 2; "0,2" those two
@@ -91,7 +91,7 @@ rule train:
     log: "data/runs/{recipe}/seed{seed}.ipynb", "data/runs/{recipe}/seed{seed}.log"
     message: "run {wildcards.recipe}, seed {wildcards.seed}"
     shell:
-        "python -m sptseg.batch row {wildcards.recipe} {wildcards.seed} -- "
+        "python -m sptseg.paper.batch row {wildcards.recipe} {wildcards.seed} -- "
         "papermill nbs/runs/train.ipynb {log[0]} --log-output --no-progress-bar -f nbs/experiments/{wildcards.recipe}.yaml"
         " -p seed {wildcards.seed} -p out data/runs/{wildcards.recipe}/seed{wildcards.seed} -p record {output}"
 
@@ -105,10 +105,10 @@ rule draw_table:
     wildcard_constraints: bench=BENCH, table="|".join(TABLES)
     params: sources=lambda wildcards: sources([wildcards.table])
     shell:
-        "python -m sptseg.batch step 'figures/{wildcards.bench}-{wildcards.table}.md, .csv, .tex' {log[0]} -- "
+        "python -m sptseg.paper.batch step 'figures/{wildcards.bench}-{wildcards.table}.md, .csv, .tex' {log[0]} -- "
         "papermill nbs/runs/tables.ipynb {log[0]} --log-output --no-progress-bar"
         " -p table {wildcards.table} -y '{{{PARAMETERS}}}'"
-        " && python -m sptseg.batch sums {output} {params.sources} figures/{wildcards.bench}-{wildcards.table}.*"
+        " && python -m sptseg.paper.batch sums {output} {params.sources} figures/{wildcards.bench}-{wildcards.table}.*"
 
 
 # All figures of a benchmark, as PDF and PNG in figures/.
@@ -120,10 +120,10 @@ rule draw_figures:
     wildcard_constraints: bench=BENCH
     params: sources=sources(TABLES)
     shell:
-        "python -m sptseg.batch step 'figures/{wildcards.bench}-*.pdf, .png' {log[0]} -- "
+        "python -m sptseg.paper.batch step 'figures/{wildcards.bench}-*.pdf, .png' {log[0]} -- "
         "papermill nbs/runs/figures.ipynb {log[0]} --log-output --no-progress-bar"
         " -p results data/results -p runs data/runs -y '{{{PARAMETERS}}}'"
-        " && python -m sptseg.batch sums {output} {params.sources} figures/{wildcards.bench}-*.pdf figures/{wildcards.bench}-*.png"
+        " && python -m sptseg.paper.batch sums {output} {params.sources} figures/{wildcards.bench}-*.pdf figures/{wildcards.bench}-*.png"
 
 
 LOCKS = []

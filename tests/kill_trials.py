@@ -18,10 +18,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sptseg.checkpoint import checkpoints
-from sptseg.train import BEST, RESULTS, WEIGHTS
+from sptseg.training.checkpoint import checkpoints
+from sptseg.training.loop import BEST, RESULTS, WEIGHTS
 
-SETTINGS = ["setting=transductive", "iterations=160", "checkpoint_every=1", "eval_every=5", "val_pictures=4"]
+SETTINGS = ["setting=transductive", "iterations=160", "checkpoint_every=1", "eval_every=5", "val_images=4"]
 
 
 def start(out: Path) -> subprocess.Popen:

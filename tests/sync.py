@@ -56,7 +56,7 @@ def render_readme(notebook: Path) -> str:
     content.metadata.language_info = {"name": "python"}  # nbdev_clean drops it; code blocks are coloured by it
     body, resources = MarkdownExporter(config=Config(hidden)).from_notebook_node(content)
     if resources["outputs"]:
-        sys.exit("nbs/index.ipynb: it draws a picture; save it under figures/ and link to it, as README.md must")
+        sys.exit("nbs/index.ipynb: it draws an image; save it under figures/ and link to it, as README.md must")
     return re.sub(r"\n{3,}", "\n\n", move_links(body)).strip() + "\n"
 
 

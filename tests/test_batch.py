@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from sptseg.recipe import load_recipe
-from sptseg.train import train
+from sptseg.training.loop import train
 from sync import ROOT, copy_project
 
 pytestmark = [
@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("snakemake") is None, reason="Snakemake 9 needs Python 3.11 (extra batch)"),
 ]
 TINY = {
-    **{"dataset": "glyphs-20", "image_size": 32, "num_prompts": 2, "train_pictures": 4, "val_pictures": 2},
+    **{"dataset": "glyphs-20", "image_size": 32, "num_prompts": 2, "train_images": 4, "val_images": 2},
     **{"iterations": 3, "batch_size": 2, "lr": 1e-3, "warmup_iterations": 0, "eval_every": 2, "checkpoint_every": 1},
 }
 RECIPES = {

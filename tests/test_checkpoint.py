@@ -7,8 +7,8 @@ import textwrap
 import pytest
 import torch
 
-from sptseg.checkpoint import checkpoint_path, checkpoints, load_checkpoint, save_checkpoint
 from sptseg.core import UserError
+from sptseg.training.checkpoint import checkpoint_path, checkpoints, load_checkpoint, save_checkpoint
 
 EMPTY = {"train": [], "val": []}
 

@@ -16,13 +16,13 @@ from torch.utils.data import Dataset
 
 from sptseg.cli import main, make_parser, parse_arguments
 from sptseg.data.benchmarks import BENCHMARKS, Benchmark
+from sptseg.data.label_sets import LabelSet, load_label_set
 from sptseg.data.transforms import Sample
-from sptseg.segmenter import METHODS, build_segmenter, save_segmenter
-from sptseg.splits import LabelSet, load_label_set
+from sptseg.models.segmenter import METHODS, build_segmenter, save_segmenter
 
 TINY = {
-    **{"dataset": "glyphs-20", "image_size": 32, "num_prompts": 2, "decoder_layers": 1, "train_pictures": 4},
-    **{"val_pictures": 1, "iterations": 2, "batch_size": 2, "warmup_iterations": 0, "checkpoint_every": 1},
+    **{"dataset": "glyphs-20", "image_size": 32, "num_prompts": 2, "decoder_layers": 1, "train_images": 4},
+    **{"val_images": 1, "iterations": 2, "batch_size": 2, "warmup_iterations": 0, "checkpoint_every": 1},
 }
 
 
@@ -155,7 +155,7 @@ class Samples(Dataset):
     """The same sample again and again."""
 
     def __init__(self, image, mask):
-        self.sample = Sample(image, mask, "picture 7")
+        self.sample = Sample(image, mask, "image 7")
 
     def __len__(self):
         return 4
@@ -179,26 +179,26 @@ def refusal_of_samples(row, capsys, monkeypatch, train, val, *settings):
     benchmark = Benchmark(LabelSet("pets", ("cat", "dog"), unseen=(1,)), train, val)
     monkeypatch.setitem(BENCHMARKS, "own", lambda name, **options: benchmark)
     line = refusal(capsys, "train", row, "dataset=own", "--quiet", "--out", "run", *settings)
-    assert "picture 7: " in line and not (row.parent / "run/results.json").exists()
+    assert "image 7: " in line and not (row.parent / "run/results.json").exists()
     return line
 
 
 @pytest.mark.parametrize("case", BAD_SAMPLES)
-def test_bad_pictures_and_masks_are_refused(row, capsys, monkeypatch, case):
+def test_bad_images_and_masks_are_refused(row, capsys, monkeypatch, case):
     sample, expected = BAD_SAMPLES[case]
     for train, val in ((Samples(*sample), Samples(IMAGE, MASK)), (Samples(IMAGE, MASK), Samples(*sample))):
         assert expected in refusal_of_samples(row, capsys, monkeypatch, train, val)
 
 
 def test_a_failed_run_leaves_no_thread_behind(row, capsys, monkeypatch):
-    before, pictures = threading.active_count(), Samples(IMAGE, MASK + 2)
-    refusal_of_samples(row, capsys, monkeypatch, pictures, pictures)
+    before, images = threading.active_count(), Samples(IMAGE, MASK + 2)
+    refusal_of_samples(row, capsys, monkeypatch, images, images)
     assert threading.active_count() <= before
 
 
-def test_a_bad_picture_in_another_process_is_one_line_too(row, capsys, monkeypatch):
-    pictures = Samples(IMAGE, MASK + 2)
-    assert "label 2 is outside" in refusal_of_samples(row, capsys, monkeypatch, pictures, pictures, "workers=1")
+def test_a_bad_image_in_another_process_is_one_line_too(row, capsys, monkeypatch):
+    images = Samples(IMAGE, MASK + 2)
+    assert "label 2 is outside" in refusal_of_samples(row, capsys, monkeypatch, images, images, "workers=1")
 
 
 def test_resuming_with_a_changed_recipe_is_refused(finished, capsys):

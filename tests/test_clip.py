@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from sptseg import clip as clip_module
-from sptseg.clip import (
+from sptseg.core import UserError
+from sptseg.data.label_sets import LabelSet, load_label_set
+from sptseg.models import clip as clip_module
+from sptseg.models.clip import (
     SCENE_TEMPLATES,
     SINGLE_TEMPLATE,
     ClipModel,
@@ -23,8 +25,6 @@ from sptseg.clip import (
     load_text_embeddings,
     read_weights,
 )
-from sptseg.core import UserError
-from sptseg.splits import LabelSet, load_label_set
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 PETS = LabelSet("pets", ("red cat", "blue dog", "green bird"), templates=SCENE_TEMPLATES)

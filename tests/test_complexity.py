@@ -12,7 +12,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from sptseg.complexity import (
+from sptseg.data.label_sets import load_label_set
+from sptseg.models.segmenter import METHODS, build_segmenter
+from sptseg.paper.complexity import (
     PUBLISHED,
     PlainCLIP,
     by_part,
@@ -26,14 +28,12 @@ from sptseg.complexity import (
     multiply_adds_by_part,
     peak_memory,
     product_rate,
-    random_pictures,
+    random_images,
     release_detours,
     train_step,
     vit_b_16,
 )
 from sptseg.recipe import load_recipe
-from sptseg.segmenter import METHODS, build_segmenter
-from sptseg.splits import load_label_set
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL_SCALE = ROOT / "../shared/reference/full_scale.json"
@@ -142,10 +142,10 @@ def test_both_counters_agree(settings):
 def test_counts_scale_with_the_batch_and_add_up():
     model, text = small(), torch.randn(4, 32)
     one, two = (count_operations(model, torch.randn(n, 3, 32, 32), text) for n in (1, 2))
-    pictures = ~one.index.str.startswith("encoder.deep_prompts")  # prompts are projected once per batch
+    images = ~one.index.str.startswith("encoder.deep_prompts")  # prompts are projected once per batch
     kinds = ["products", "attention", "Fourier"]
-    assert (two.loc[pictures, kinds] == 2 * one.loc[pictures, kinds]).all(axis=None)
-    assert (two.loc[~pictures, kinds] == one.loc[~pictures, kinds]).all(axis=None)
+    assert (two.loc[images, kinds] == 2 * one.loc[images, kinds]).all(axis=None)
+    assert (two.loc[~images, kinds] == one.loc[~images, kinds]).all(axis=None)
     total = conventions(one)
     assert conventions(by_part(one)[list(one.columns)]).equals(total)
     assert total["fvcore"] < total["published"] < total["complete"] < 3 * total["published"]
@@ -187,9 +187,9 @@ def test_an_operator_without_a_rule_is_an_error():
         count_operations(Odd(), torch.rand(1, 3, 32, 32), torch.randn(4, 32))
 
 
-def test_random_pictures_are_a_dataset(tmp_path):
-    first = random_pictures(tmp_path / "a", 3, size=(21, 34), num_classes=7, seed=1)
-    again = random_pictures(tmp_path / "b", 3, size=(21, 34), num_classes=7, seed=1)
+def test_random_images_are_a_dataset(tmp_path):
+    first = random_images(tmp_path / "a", 3, size=(21, 34), num_classes=7, seed=1)
+    again = random_images(tmp_path / "b", 3, size=(21, 34), num_classes=7, seed=1)
     assert len(first) == 3 and first[0].image.shape == (3, 21, 34) and first[0].mask.max() < 7
     assert all(torch.equal(a.image, b.image) and torch.equal(a.mask, b.mask) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0].image, first[1].image)

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 from sptseg.cli import main
-from sptseg.clip import interpolate_position_embedding, load_clip
-from sptseg.convert import about_equal, convert_checkpoint, load_plainly, summarise_conversion
 from sptseg.core import UserError
-from sptseg.evaluate import load_model
-from sptseg.interop import FIRST_PROMPTS, LAYER, OTHER_PROMPTS, PREFIXES, PROMPTS, read_segmenter
+from sptseg.evaluation.evaluate import load_model
+from sptseg.models.clip import interpolate_position_embedding, load_clip
+from sptseg.models.segmenter import build_segmenter, load_segmenter, read_segmenter_file
 from sptseg.recipe import Recipe, load_recipe
-from sptseg.segmenter import build_segmenter, load_segmenter, read_segmenter_file
+from sptseg.releases.convert import about_equal, convert_checkpoint, load_plainly, summarise_conversion
+from sptseg.releases.names import FIRST_PROMPTS, LAYER, OTHER_PROMPTS, PREFIXES, PROMPTS, read_segmenter
 
 FULL_SCALE = Path(__file__).resolve().parents[1] / "../shared/reference/full_scale.json"
 
@@ -40,7 +40,7 @@ def clips(tmp_path_factory):
 
 def a_recipe(clips, method, **settings):
     settings = {"clip": clips[0], "image_size": 48, "num_prompts": 4, "decoder_layers": 2, **settings}
-    return Recipe(dataset="glyphs-20", method=method, val_pictures=2, **settings)
+    return Recipe(dataset="glyphs-20", method=method, val_images=2, **settings)
 
 
 def official(ours, last):
@@ -303,7 +303,7 @@ def test_checkpoints_of_full_size(full_clip, tmp_path, monkeypatch, kind, prompt
     }
     state |= {name: torch.zeros(shape) for name, shape in released["voc_10_tokens"]["buffers"].items()}
     torch.save({"meta": {"iter": 20000}, "state_dict": state, "optimizer": {}}, tmp_path / "full.pth")
-    monkeypatch.setattr("sptseg.convert.load_clip", lambda *_, **__: full_clip)
+    monkeypatch.setattr("sptseg.releases.convert.load_clip", lambda *_, **__: full_clip)
     method = {"zegclip": "zegclip", "spt": "spt-seg"}[kind]
     recipe = Recipe(dataset="voc", method=method, clip="ViT-B-16-quickgelu", clip_weights="random", num_prompts=prompts)
     report = convert_checkpoint(tmp_path / "full.pth", tmp_path / "run", recipe=recipe)
@@ -325,7 +325,7 @@ def name_is_unused(name, released):
 @pytest.mark.skipif(not FULL_SCALE.exists(), reason="needs ../shared/reference")
 @pytest.mark.parametrize("kind", ["zegclip", "spt"])
 def test_every_name_of_the_releases_is_read_or_has_a_reason(kind):
-    from sptseg.interop import translate_state
+    from sptseg.releases.names import translate_state
 
     released = json.loads(FULL_SCALE.read_text())[kind]["voc_10_tokens"]
     with torch.device("meta"):

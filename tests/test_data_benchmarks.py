@@ -88,7 +88,7 @@ def test_from_archives_to_results_by_command(data, tmp_path, capsys, monkeypatch
 
 @pytest.mark.parametrize("name", ["voc", "folder"])
 def test_the_same_through_the_notebooks(data, tmp_path, name):
-    parameters = {**TINY, "dataset": name, "data_root": data[name], "train_pictures": None, "val_pictures": None}
+    parameters = {**TINY, "dataset": name, "data_root": data[name], "train_images": None, "val_images": None}
     executed = tmp_path / "train.ipynb"
     options = {"cwd": tmp_path, "progress_bar": False}
     papermill.execute_notebook(RUNS / "train.ipynb", executed, {**parameters, "out": "run"}, **options)
@@ -110,7 +110,7 @@ def test_across_datasets_every_class_counts_alike(data, tmp_path, monkeypatch):
         assert results["recipe"]["data_root"] == data[name]
 
 
-def test_an_evaluation_needs_no_training_pictures(data, tmp_path, monkeypatch):
+def test_an_evaluation_needs_no_training_images(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["train", recipe_file(tmp_path, dataset="folder", data_root=data["folder"]), "--out", "run"]) == 0
     for kind in ("images", "masks"):
@@ -151,16 +151,16 @@ def test_a_dataset_that_is_not_there_is_named(tmp_path, name):
     assert "\n" not in str(error.value)
 
 
-def test_a_trial_can_use_the_first_pictures_only(data):
-    whole, some = (load_benchmark("voc", root=data["voc"], train_pictures=count) for count in (None, 5))
+def test_a_trial_can_use_the_first_images_only(data):
+    whole, some = (load_benchmark("voc", root=data["voc"], train_images=count) for count in (None, 5))
     assert (len(whole.train), len(some.train)) == (12, 5) and some.train[4].name == whole.train[4].name
-    assert len(load_benchmark("voc", root=data["voc"], val_pictures=10**6).val) == 6
+    assert len(load_benchmark("voc", root=data["voc"], val_images=10**6).val) == 6
 
 
-def test_another_data_seed_draws_other_pictures_for_training_and_test():
-    def pictures(seed):
-        benchmark = load_benchmark("glyphs-20", size=32, seed=seed, train_pictures=3, val_pictures=3)
+def test_another_data_seed_draws_other_images_for_training_and_test():
+    def images(seed):
+        benchmark = load_benchmark("glyphs-20", size=32, seed=seed, train_images=3, val_images=3)
         return torch.stack([data[index].image for data in (benchmark.train, benchmark.val) for index in range(3)])
 
-    assert torch.equal(pictures(0), pictures(0))
-    assert (pictures(0) != pictures(1)).flatten(1).any(1).all(), "no picture is in both"
+    assert torch.equal(images(0), images(0))
+    assert (images(0) != images(1)).flatten(1).any(1).all(), "no image is in both"

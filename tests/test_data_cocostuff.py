@@ -17,7 +17,7 @@ from PIL import Image
 from sptseg.core import IGNORE, UserError
 from sptseg.data import cocostuff
 from sptseg.data.cocostuff import MASKS, SUFFIX, cocostuff_samples, list_names, place, prepare_cocostuff
-from sptseg.splits import load_label_set
+from sptseg.data.label_sets import load_label_set
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples" / "cocostuff164k"
 GAPS = np.array([11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90])
@@ -32,7 +32,7 @@ def encoded(array, kind="png"):
 
 
 def drawn(name, size=(24, 32)):
-    """A picture, and a mask of blocks of numbers that its name decides; a tenth is unlabelled."""
+    """An image, and a mask of blocks of numbers that its name decides; a tenth is unlabelled."""
     rng = np.random.default_rng(int(name))
     blocks = rng.choice([*USED, *[IGNORE] * 17], (size[0] // 4, size[1] // 4)).astype(np.uint8)
     return rng.integers(0, 256, (*size, 3), dtype=np.uint8), np.kron(blocks, np.ones((4, 4), np.uint8))
@@ -49,10 +49,10 @@ def write_zip(path, files):
 
 
 def write_archives(root, names=NAMES):
-    """The three official archives with drawn pictures."""
+    """The three official archives with drawn images."""
     for folder, listed in names.items():
-        pictures = {f"{folder}/{name}.jpg": encoded(drawn(name)[0], "jpeg") for name in listed}
-        write_zip(root / f"{folder}.zip", pictures)
+        images = {f"{folder}/{name}.jpg": encoded(drawn(name)[0], "jpeg") for name in listed}
+        write_zip(root / f"{folder}.zip", images)
     masks = {f"{f}/{name}.png": encoded(drawn(name)[1]) for f, listed in names.items() for name in listed}
     write_zip(root / MASKS.name, masks)
     return root
@@ -82,10 +82,10 @@ def root(tmp_path):
 
 @pytest.fixture
 def complete(monkeypatch):
-    """Let the five drawn pictures be the complete dataset."""
+    """Let the five drawn images be the complete dataset."""
     monkeypatch.setattr(cocostuff, "COUNTS", {"train": 3, "val": 2})
-    archives = {split: replace(archive, digest=None) for split, archive in cocostuff.PICTURES.items()}
-    monkeypatch.setattr(cocostuff, "PICTURES", archives)
+    archives = {split: replace(archive, digest=None) for split, archive in cocostuff.IMAGES.items()}
+    monkeypatch.setattr(cocostuff, "IMAGES", archives)
 
 
 def test_prepared_labels_are_those_of_the_archive(root):
@@ -142,9 +142,9 @@ def test_what_is_missing_is_made_again_and_nothing_else(root, complete):
 def test_killed_and_run_again(tmp_path, workers):
     names = {"train2017": [f"{number:012d}" for number in range(1, 401)], "val2017": NAMES["val2017"]}
     masks = {f"{f}/{name}": drawn(name, (160, 200))[1] for f, listed in names.items() for name in listed}
-    root, picture = tmp_path / "cocostuff", encoded(np.zeros((160, 200, 3), np.uint8), "jpeg")
+    root, image = tmp_path / "cocostuff", encoded(np.zeros((160, 200, 3), np.uint8), "jpeg")
     for folder, listed in names.items():
-        write_zip(root / f"{folder}.zip", {f"{folder}/{name}.jpg": picture for name in listed})
+        write_zip(root / f"{folder}.zip", {f"{folder}/{name}.jpg": image for name in listed})
     write_zip(root / MASKS.name, {f"{name}.png": encoded(mask) for name, mask in masks.items()})
     call = f"prepare_cocostuff({str(root)!r}, partial=True, workers={workers}, progress=False)"
     process = subprocess.Popen([sys.executable, "-c", f"from sptseg.data.cocostuff import *; {call}"], cwd=tmp_path)
@@ -181,7 +181,7 @@ def test_number_that_no_mask_may_hold(root, number):
         (encoded(np.zeros((24, 32, 3), np.uint8)), "3 channels"),
         (encoded(np.zeros((24, 32), np.uint16)), "16 bits"),
         (encoded(drawn("000000000139")[1])[:-40], "incomplete"),
-        (b"not a picture", "not a picture"),
+        (b"not an image", "not an image"),
     ],
 )
 def test_file_that_is_no_mask_is_named(root, content, reason):
@@ -193,10 +193,10 @@ def test_file_that_is_no_mask_is_named(root, content, reason):
 
 def test_missing_archives_are_named_before_anything_is_unpacked(tmp_path):
     root = write_archives(tmp_path / "cocostuff")
-    for archive in (*cocostuff.PICTURES.values(), MASKS):
+    for archive in (*cocostuff.IMAGES.values(), MASKS):
         content = (root / archive.name).read_bytes()
         (root / archive.name).unlink()
-        if archive is not cocostuff.PICTURES["train"]:
+        if archive is not cocostuff.IMAGES["train"]:
             message = refused(prepare, root)
             assert archive.name in message and archive.url in message and "--download" in message
             assert not (root / "images").exists() and not (root / "annotations").exists()
@@ -204,7 +204,7 @@ def test_missing_archives_are_named_before_anything_is_unpacked(tmp_path):
     assert "train2017.zip" in refused(prepare_cocostuff, tmp_path / "empty", progress=False)
 
 
-def test_test_pictures_alone_can_be_prepared(root):
+def test_test_images_alone_can_be_prepared(root):
     (root / "train2017.zip").unlink()
     assert prepare(root) == {"train": 0, "val": 2}
     assert len(cocostuff_samples(root, "val")) == 2
@@ -225,13 +225,13 @@ def test_truncated_archive_is_named(root, name):
 def test_wrong_counts(root, complete, monkeypatch):
     monkeypatch.setattr(cocostuff, "COUNTS", {"train": 3, "val": 4})
     message = refused(prepare, root, partial=False)
-    assert "val2017: pictures: found 2, expected 4" in message
+    assert "val2017: images: found 2, expected 4" in message
     monkeypatch.setattr(cocostuff, "COUNTS", {"train": 2, "val": 2})
     for partial in (False, True):
-        assert "train2017: pictures: found 3, expected 2" in refused(prepare, root, partial=partial)
+        assert "train2017: images: found 3, expected 2" in refused(prepare, root, partial=partial)
 
 
-def test_picture_without_mask(root):
+def test_image_without_mask(root):
     files = {f"{f}/{n}.png": encoded(drawn(n)[1]) for f, listed in NAMES.items() for n in listed}
     del files["train2017/000000000025.png"]
     write_zip(root / MASKS.name, files)
@@ -270,8 +270,8 @@ def test_folder_prepared_by_others_is_verified(root):
     for check in (prepare, lambda root: cocostuff_samples(root, "train")[2]):
         assert "000000000030.jpg" in (message := refused(check, root)) and "24×32" in message and "32×24" in message
     path.write_bytes(good)
-    picture = root / "images/val2017/000000000139.jpg"
-    picture.write_bytes(picture.read_bytes()[:-60])
+    image = root / "images/val2017/000000000139.jpg"
+    image.write_bytes(image.read_bytes()[:-60])
     assert "000000000139.jpg" in refused(prepare, root)
 
 

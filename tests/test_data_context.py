@@ -15,20 +15,20 @@ from PIL import Image
 from sptseg.core import IGNORE, UserError
 from sptseg.data import context
 from sptseg.data.context import (
+    IMAGE_FOLDER,
     LISTS,
     MASK_FOLDER,
     MASKS,
     NAMES,
-    PICTURE_FOLDER,
     VOC,
     context_samples,
     named_lookup,
+    place_image,
     place_mask,
-    place_picture,
     prepare_context,
     read_numbers,
 )
-from sptseg.splits import INVALID, load_label_set
+from sptseg.data.label_sets import INVALID, load_label_set
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples" / "pascal_context"
 CLASSES = load_label_set("context-59").classes
@@ -44,7 +44,7 @@ def encoded(array, kind="png"):
 
 
 def drawn(name, size=(24, 32)):
-    """A picture, and a mask of blocks with numbers 0..59 and 255, both decided by the name."""
+    """An image, and a mask of blocks with numbers 0..59 and 255, both decided by the name."""
     rng = np.random.default_rng(int(name.replace("_", "")))
     blocks = rng.choice([*range(60), IGNORE], (size[0] // 2, size[1] // 2)).astype(np.uint8)
     return rng.integers(0, 256, (*size, 3), dtype=np.uint8), np.kron(blocks, np.ones((2, 2), np.uint8))
@@ -59,13 +59,13 @@ def write_tar(path, files, mode="w"):
             archive.addfile(member, io.BytesIO(content))
 
 
-def write_archives(root, splits=SPLITS, pictures=None, masks=None):
-    """The published files, with drawn pictures unless others are given."""
+def write_archives(root, splits=SPLITS, images=None, masks=None):
+    """The published files, with drawn images unless others are given."""
     names = [name for listed in splits.values() for name in listed]
-    pictures = pictures or {name: encoded(drawn(name)[0], "jpeg") for name in names}
+    images = images or {name: encoded(drawn(name)[0], "jpeg") for name in names}
     masks = masks or {name: encoded(drawn(name)[1]) for name in names}
     files = {f"ImageSets/Main/{split}.txt": ("\n".join(listed) + "\n").encode() for split, listed in splits.items()}
-    files |= {f"JPEGImages/{name}.jpg": content for name, content in pictures.items()}
+    files |= {f"JPEGImages/{name}.jpg": content for name, content in images.items()}
     files |= {"ImageSets/Main/cat_val.txt": b"2009_000637 -1\n", "Annotations/2009_000637.xml": b"<annotation/>"}
     write_tar(root / VOC.name, {f"VOCdevkit/VOC2010/{name}": content for name, content in files.items()})
     write_tar(root / MASKS.name, {f"59_context_labels/{n}.png": content for n, content in masks.items()}, "w:gz")
@@ -91,7 +91,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def complete(monkeypatch):
-    """Let the drawn pictures be the complete dataset."""
+    """Let the drawn images be the complete dataset."""
     monkeypatch.setattr(context, "COUNTS", {split: len(names) for split, names in SPLITS.items()})
     for name in ("VOC", "MASKS"):
         monkeypatch.setattr(context, name, replace(getattr(context, name), digest=None))
@@ -119,9 +119,9 @@ def test_real_samples(tmp_path):
     rows = re.findall(r"^\| (\d{4}_\d{6}) \|[^|]*\| (.*) \|$", notes, flags=re.MULTILINE)
     seen = {name: set(classes.split(", ")) for name, classes in rows}
     names = sorted(seen)
-    pictures = {name: (SAMPLES / f"JPEGImages/{name}.jpg").read_bytes() for name in names}
+    images = {name: (SAMPLES / f"JPEGImages/{name}.jpg").read_bytes() for name in names}
     masks = {name: (SAMPLES / f"derived_index_59order/{name}.png").read_bytes() for name in names}
-    root = write_archives(tmp_path, {"train": names[:1], "val": names[1:]}, pictures, masks)
+    root = write_archives(tmp_path, {"train": names[:1], "val": names[1:]}, images, masks)
     assert prepare(root) == {"train": 1, "val": 3}
     labels = load_label_set("context-60")
     for split in ("train", "val"):
@@ -210,7 +210,7 @@ def test_list_that_cannot_be_meant(root, old, new, reason):
 
 def test_run_again_makes_what_is_missing(root, complete):
     assert prepare(root, partial=False) == {"train": 2, "val": 3}
-    lost = [root / PICTURE_FOLDER / f"{ALL[0]}.jpg", root / MASK_FOLDER / f"{ALL[3]}.png", root / LISTS / "val.txt"]
+    lost = [root / IMAGE_FOLDER / f"{ALL[0]}.jpg", root / MASK_FOLDER / f"{ALL[3]}.png", root / LISTS / "val.txt"]
     contents = [path.read_bytes() for path in lost]
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*.*") if path.is_file() and path not in lost}
     for path in lost:
@@ -250,7 +250,7 @@ def test_missing_archives_are_named(tmp_path):
         (root / archive.name).unlink()
         message = refused(prepare, root)
         assert archive.name in message and archive.url in message and "--download" in message
-        assert not (root / PICTURE_FOLDER).exists() and not (root / MASK_FOLDER).exists()
+        assert not (root / IMAGE_FOLDER).exists() and not (root / MASK_FOLDER).exists()
 
 
 def test_miniature_is_not_taken_for_the_published_archive(root):
@@ -294,24 +294,24 @@ def test_mask_that_cannot_be_used_is_named(root, content, reason):
     assert f"{ALL[3]}.png" in message and reason in message
 
 
-def test_picture_without_mask_and_broken_picture(root):
+def test_image_without_mask_and_broken_image(root):
     masks = {name: encoded(drawn(name)[1]) for name in ALL if name != ALL[4]}
     write_archives(root, masks=masks)
     message = refused(prepare, root)
     assert f"{MASK_FOLDER}/{ALL[4]}.png" in message and MASKS.name in message
     message = refused(context_samples, root, "val", True)
     assert f"{ALL[4]}.png" in message and f"sptseg data context --root {root}" in message
-    pictures = {name: encoded(drawn(name)[0], "jpeg") for name in ALL}
-    root = write_archives(root.parent / "other", pictures=pictures | {ALL[1]: pictures[ALL[1]][:-50]})
+    images = {name: encoded(drawn(name)[0], "jpeg") for name in ALL}
+    root = write_archives(root.parent / "other", images=images | {ALL[1]: images[ALL[1]][:-50]})
     assert f"{ALL[1]}.jpg" in refused(prepare, root)
 
 
 def test_only_files_of_the_dataset_are_unpacked():
-    assert place_picture("VOCdevkit/VOC2010/JPEGImages/2008_000002.jpg") == "JPEGImages/2008_000002.jpg"
-    assert place_picture("VOCdevkit/VOC2010/ImageSets/Main/val.txt") == f"{LISTS}/val.txt"
+    assert place_image("VOCdevkit/VOC2010/JPEGImages/2008_000002.jpg") == "JPEGImages/2008_000002.jpg"
+    assert place_image("VOCdevkit/VOC2010/ImageSets/Main/val.txt") == f"{LISTS}/val.txt"
     assert place_mask("59_context_labels/2008_000002.png") == f"{MASK_FOLDER}/2008_000002.png"
     for other in ("ImageSets/Main/cat_val.txt", "SegmentationClass/2008_000002.png", "../JPEGImages/2008_000002.jpg"):
-        assert place_picture(f"VOCdevkit/VOC2010/{other}") is None
+        assert place_image(f"VOCdevkit/VOC2010/{other}") is None
     assert place_mask("59_context_labels/._2008_000002.png") is None
 
 

@@ -1,4 +1,4 @@
-"""Reading pictures, masks and lists: exactly what the files hold, or an error that names the file."""
+"""Reading images, masks and lists: exactly what the files hold, or an error that names the file."""
 
 import pickle
 from pathlib import Path
@@ -10,11 +10,11 @@ from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
 
 from sptseg.core import IGNORE, UserError
-from sptseg.data.files import FileSamples, read_mask, read_names, read_picture
-from sptseg.splits import LabelSet, load_label_set, raw_lookup
+from sptseg.data.files import FileSamples, read_image, read_mask, read_names
+from sptseg.data.label_sets import LabelSet, load_label_set, raw_lookup
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples"
-needs_samples = pytest.mark.skipif(not SAMPLES.exists(), reason="sample pictures and masks are not here")
+needs_samples = pytest.mark.skipif(not SAMPLES.exists(), reason="sample images and masks are not here")
 PALETTE = list(np.random.default_rng(1).integers(0, 256, 768))
 COCO_GAPS = {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}  # data set's ids without a class in the 171
 
@@ -45,29 +45,29 @@ def voc_colours():
     return np.stack(colours, 1)
 
 
-# Pictures
+# Images
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "CMYK", "1"])
-def test_pictures_of_every_kind_become_rgb(tmp_path, mode):
+def test_images_of_every_kind_become_rgb(tmp_path, mode):
     array = noise()
-    picture = Image.fromarray(array).convert(mode)
+    image = Image.fromarray(array).convert(mode)
     file = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
-    picture.save(file)
-    read = read_picture(file)
+    image.save(file)
+    read = read_image(file)
     assert read.shape == (3, 20, 30) and read.dtype == torch.uint8 and read.is_contiguous()
     if mode in ("RGB", "RGBA"):
         assert np.array_equal(read.permute(1, 2, 0), array)
     if mode in ("L", "LA"):
-        assert torch.equal(read[0], read[1]) and np.array_equal(read[2], np.asarray(picture.convert("L")))
+        assert torch.equal(read[0], read[1]) and np.array_equal(read[2], np.asarray(image.convert("L")))
 
 
 def test_transparent_palettes_are_read_without_a_warning(tmp_path, recwarn):
-    picture = Image.fromarray(noise(channels=1)).convert("P")
-    picture.putpalette(PALETTE)
-    picture.save(tmp_path / "x.png", transparency=bytes(range(256)))
+    image = Image.fromarray(noise(channels=1)).convert("P")
+    image.putpalette(PALETTE)
+    image.save(tmp_path / "x.png", transparency=bytes(range(256)))
     colours = np.array(PALETTE).reshape(256, 3)[noise(channels=1)]
-    assert np.array_equal(read_picture(tmp_path / "x.png").permute(1, 2, 0), colours) and not recwarn
+    assert np.array_equal(read_image(tmp_path / "x.png").permute(1, 2, 0), colours) and not recwarn
 
 
 def test_a_rotation_in_the_exif_data_is_not_applied(tmp_path):
@@ -75,22 +75,22 @@ def test_a_rotation_in_the_exif_data_is_not_applied(tmp_path):
     note[0x0112] = 6
     Image.fromarray(noise()).save(tmp_path / "x.jpg", exif=note, quality=100)
     Image.fromarray(noise()).save(tmp_path / "y.jpg", quality=100)
-    assert torch.equal(read_picture(tmp_path / "x.jpg"), read_picture(tmp_path / "y.jpg"))
+    assert torch.equal(read_image(tmp_path / "x.jpg"), read_image(tmp_path / "y.jpg"))
 
 
-@pytest.mark.parametrize("reader", [read_picture, read_mask])
-def test_what_is_no_picture_is_named(tmp_path, reader):
+@pytest.mark.parametrize("reader", [read_image, read_mask])
+def test_what_is_no_image_is_named(tmp_path, reader):
     page, empty = tmp_path / "page.png", tmp_path / "empty.png"
     page.write_text("<html>not found</html>")
     empty.touch()
-    for path, reason in [(page, "is not a picture"), (empty, "is empty"), (tmp_path / "no.png", "No such file")]:
+    for path, reason in [(page, "is not an image"), (empty, "is empty"), (tmp_path / "no.png", "No such file")]:
         text = refusal(reader, path)
         assert text.startswith(f"{path}: ") and reason in text and "0x" not in text
     assert refusal(reader, tmp_path).startswith(f"{tmp_path}: cannot be read")
 
 
 @pytest.mark.parametrize("tolerant", [False, True])
-@pytest.mark.parametrize(("ending", "reader"), [("jpg", read_picture), ("png", read_picture), ("png", read_mask)])
+@pytest.mark.parametrize(("ending", "reader"), [("jpg", read_image), ("png", read_image), ("png", read_mask)])
 def test_truncated_files_are_refused_even_if_pillow_was_told_to_bear_them(
     tmp_path, monkeypatch, ending, reader, tolerant
 ):
@@ -117,9 +117,9 @@ def test_a_flipped_bit_of_a_mask_is_noticed(pair):
     assert all(unnoticed) and len(unnoticed) < len(content) / 10
 
 
-def test_pictures_of_16_bits_are_refused(tmp_path):
+def test_images_of_16_bits_are_refused(tmp_path):
     Image.fromarray(noise(channels=1).astype(np.uint16) * 200).save(tmp_path / "x.png")
-    assert "16 bits or more" in refusal(read_picture, tmp_path / "x.png")
+    assert "16 bits or more" in refusal(read_image, tmp_path / "x.png")
 
 
 # Masks
@@ -210,7 +210,7 @@ def test_a_missing_list_is_named(tmp_path):
 
 def test_samples_are_the_files(pair):
     image, mask, name = FileSamples(images=[pair[0]], masks=[pair[1]])[0]
-    assert torch.equal(image, read_picture(pair[0])) and torch.equal(mask, read_mask(pair[1])) and name == "a"
+    assert torch.equal(image, read_image(pair[0])) and torch.equal(mask, read_mask(pair[1])) and name == "a"
 
 
 def test_lookup_is_applied(pair):
@@ -224,11 +224,11 @@ def test_missing_files_are_counted_and_the_first_is_named(pair):
     folder = pair[0].parent
     images, masks = [folder / f"{name}.png" for name in "abc"], [pair[1]] * 3
     text = refusal(lambda: FileSamples(images=images, masks=masks))
-    assert text.startswith(f"{folder / 'b.png'}: this picture does not exist (2 of 3 pictures missing)")
+    assert text.startswith(f"{folder / 'b.png'}: this image does not exist (2 of 3 images missing)")
     gone = folder / "nowhere" / "a.png"
     text = refusal(lambda: FileSamples(images=[pair[0]], masks=[gone]))
     assert text.startswith(f"{gone}: this mask does not exist")
-    with pytest.raises(ValueError, match="3 pictures, but 1 masks"):
+    with pytest.raises(ValueError, match="3 images, but 1 masks"):
         FileSamples(images=images, masks=[pair[1]])
 
 

@@ -1,4 +1,4 @@
-"""One's own pictures: what is read, and that every mistake in the folder is named."""
+"""One's own images: what is read, and that every mistake in the folder is named."""
 
 import shutil
 
@@ -21,7 +21,7 @@ def draw(seed, high=256, channels=3):
 
 @pytest.fixture
 def root(tmp_path):
-    "Pictures b.JPG, a.png, c.webp in train, d.jpeg in val; masks with numbers 0..3."
+    "Images b.JPG, a.png, c.webp in train, d.jpeg in val; masks with numbers 0..3."
     for split, files in (("train", ("b.JPG", "a.png", "c.webp")), ("val", ("d.jpeg",))):
         for kind in ("images", "masks"):
             (tmp_path / "own" / kind / split).mkdir(parents=True)
@@ -40,7 +40,7 @@ def refusal(root, split="train"):
     return str(error.value)
 
 
-def test_pictures_come_in_the_order_of_names_with_their_own_masks(root):
+def test_images_come_in_the_order_of_names_with_their_own_masks(root):
     samples = list(folder_samples(root, "train"))
     assert [sample.name for sample in samples] == ["a", "b", "c"] and len(folder_samples(root, "val")) == 1
     assert np.array_equal(samples[0].image.permute(1, 2, 0), draw(ord("a")))
@@ -83,28 +83,28 @@ def test_a_missing_val_does_not_stop_train(root):
     assert len(folder_samples(root, "train")) == 3
 
 
-def test_pictures_without_masks_and_masks_without_pictures(root):
-    mask, picture = root / "masks/train/b.png", root / "images/train/b.JPG"
+def test_images_without_masks_and_masks_without_images(root):
+    mask, image = root / "masks/train/b.png", root / "images/train/b.JPG"
     mask.rename(root / "masks/b.png")
     text = refusal(root)
-    assert text.startswith(f"{picture}: its mask {mask} does not exist (1 of 3") and "add it" in text
+    assert text.startswith(f"{image}: its mask {mask} does not exist (1 of 3") and "add it" in text
     (root / "masks/b.png").rename(root / "masks/train/b_mask.png")
     assert "b_mask.png is there; save it as b.png" in refusal(root)
     (root / "masks/train/b_mask.png").rename(root / "masks/train/b.jpg")
     assert "b.jpg is there; save it as b.png" in refusal(root)
     (root / "masks/train/b.jpg").rename(mask)
-    picture.unlink()
-    assert refusal(root).startswith(f"{mask}: there is no picture of this name (1 of 3")
+    image.unlink()
+    assert refusal(root).startswith(f"{mask}: there is no image of this name (1 of 3")
 
 
-def test_a_similar_name_that_has_its_own_picture_is_no_hint(root):
+def test_a_similar_name_that_has_its_own_image_is_no_hint(root):
     (root / "masks/train/b.png").unlink()
     for kind, ending in (("images", "jpg"), ("masks", "png")):
         Image.fromarray(draw(0, 4, 1)).save(root / kind / f"train/b1.{ending}")
     assert "b1.png" not in refusal(root)
 
 
-def test_two_pictures_of_one_name(root):
+def test_two_images_of_one_name(root):
     Image.fromarray(draw(0)).save(root / "images/train/b.png")
     text = refusal(root)
     assert "b.JPG" in text and "b.png" in text and "same name" in text

@@ -24,7 +24,7 @@ from sptseg.core import UserError
 from sptseg.data.preparation import (
     Archive,
     check_count,
-    check_pictures,
+    check_images,
     convert_files,
     find_archive,
     provide_files,
@@ -351,29 +351,27 @@ def test_a_killed_worker_is_reported(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_incomplete_pictures_are_named(tmp_path, workers):
+def test_incomplete_images_are_named(tmp_path, workers):
     rng = np.random.default_rng(0)
     paths = []
     for number in range(24):
         paths.append(tmp_path / f"{number:02d}.{['jpg', 'png'][number % 2]}")
         mode = ["RGB", "L"][number % 3 == 0]
         Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).convert(mode).save(paths[-1])
-    check_pictures(paths, workers=workers, progress=False)
+    check_images(paths, workers=workers, progress=False)
     for path, share in zip(paths[4:7], (0.95, 0.95, 0), strict=True):
         path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     paths[8].unlink()
-    said = message(check_pictures, paths, workers=workers, progress=False)
+    said = message(check_images, paths, workers=workers, progress=False)
     assert str(paths[4]) in said and "3 more" in said and all(path.name in said for path in (*paths[5:7], paths[8]))
 
 
 def test_counts():
-    check_count("pictures", 10, 10, partial=False, remedy="")
-    check_count("pictures", 9, 10, partial=True, remedy="")
+    check_count("images", 10, 10, partial=False, remedy="")
+    check_count("images", 9, 10, partial=True, remedy="")
     for found, partial_accepted in [(9, False), (0, True), (11, True), (11, False)]:
-        said = message(
-            check_count, "pictures", found, 1000 if found < 10 else 10, partial=partial_accepted, remedy="go"
-        )
-        assert said.startswith(f"pictures: found {found}, expected 1") and said.endswith("; go")
+        said = message(check_count, "images", found, 1000 if found < 10 else 10, partial=partial_accepted, remedy="go")
+        assert said.startswith(f"images: found {found}, expected 1") and said.endswith("; go")
 
 
 def test_names_come_back(tmp_path):

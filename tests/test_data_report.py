@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from sptseg.core import IGNORE, UserError, save_json  # noqa: E402
 from sptseg.data.files import FileSamples  # noqa: E402
+from sptseg.data.label_sets import LabelSet, load_label_set, raw_lookup
 from sptseg.data.report import (  # noqa: E402
     evenly,
     name_places,
@@ -25,7 +26,6 @@ from sptseg.data.report import (  # noqa: E402
     survey,
 )
 from sptseg.data.transforms import Sample  # noqa: E402
-from sptseg.splits import LabelSet, load_label_set, raw_lookup  # noqa: E402
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples"
 LABELS = LabelSet("four", ("sky", "cat", "tree", "car"), unseen=(1, 3))
@@ -69,7 +69,7 @@ def test_counts_equal_those_of_numpy(workers):
     found, masks = quiet(LABELS, data, workers=workers), [data[index].mask.numpy() for index in range(40)]
     everything = np.concatenate([mask.ravel() for mask in masks])
     assert found.pixels.tolist() == [(everything == c).sum() for c in range(4)]
-    assert found.pictures.tolist() == [sum((mask == c).any() for mask in masks) for c in range(4)]
+    assert found.images.tolist() == [sum((mask == c).any() for mask in masks) for c in range(4)]
     assert found.share.sum() == pytest.approx(1)
     assert found.ignored_share == pytest.approx((everything == IGNORE).mean())
     assert found.ignored == pytest.approx([(mask == IGNORE).mean() for mask in masks])
@@ -84,11 +84,11 @@ def test_a_part_is_spread_evenly(count, wanted):
     assert not len(steps) or steps.max() - steps.min() <= 1
 
 
-def test_a_part_of_the_pictures_is_surveyed():
-    found = quiet(LABELS, Drawn(12), pictures=4)
+def test_a_part_of_the_images_is_surveyed():
+    found = quiet(LABELS, Drawn(12), images=4)
     assert len(found.sizes) == 4 and found.total == 12 and set(found.example.tolist()) <= {0, 3, 6, 9}
-    with pytest.raises(UserError, match="pictures: 0"):
-        quiet(LABELS, Drawn(12), pictures=0)
+    with pytest.raises(UserError, match="images: 0"):
+        quiet(LABELS, Drawn(12), images=0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -124,7 +124,7 @@ def test_good_data_get_no_warning():
         (without(0), "the first class of the list, 'sky', never occurs: labels shifted by one"),
         (without(3), "the last class of the list, 'car', never occurs: labels shifted by one"),
         (without(0, 1, 2), "75% of all pixels have no label"),
-        (lambda mask, index: mask.fill_(IGNORE) if index == 5 else mask, "1 of 12 pictures have no labelled pixel"),
+        (lambda mask, index: mask.fill_(IGNORE) if index == 5 else mask, "1 of 12 images have no labelled pixel"),
         (lambda mask, index: torch.where(mask == 3, 1, mask.clamp(max=1)), "'cat' takes 7"),
     ],
 )
@@ -136,7 +136,7 @@ def test_each_warning_appears(change, warning):
     )
 
 
-def test_background_that_is_no_class_may_fill_most_of_a_picture():
+def test_background_that_is_no_class_may_fill_most_of_a_image():
     change = lambda mask, index: torch.where(mask.roll(1) == 0, mask, IGNORE)  # noqa: E731
     assert any("have no label" in line for line in report_warnings(quiet(LABELS, Drawn(change=change))))
     voc_like = LabelSet("four", LABELS.classes, unseen=(1,), raw_gaps=(0,))
@@ -144,8 +144,8 @@ def test_background_that_is_no_class_may_fill_most_of_a_picture():
 
 
 def test_a_part_of_the_dataset_is_said_to_be_a_part():
-    found = quiet(LABELS, Drawn(change=without(1)), pictures=3)
-    assert any("never occur in 3 of 12 pictures: cat" in line for line in report_warnings(found))
+    found = quiet(LABELS, Drawn(change=without(1)), images=3)
+    assert any("never occur in 3 of 12 images: cat" in line for line in report_warnings(found))
 
 
 def test_the_summary_is_json_and_complete(tmp_path):
@@ -156,9 +156,9 @@ def test_the_summary_is_json_and_complete(tmp_path):
     assert content["classes"]["tree"] == {
         "pixels": int(found.pixels[2]),
         "share": round(float(found.share[2]), 6),
-        "pictures": 6,
+        "images": 6,
     }
-    assert (content["surveyed"], content["pictures"], len(content["unusable"])) == (6, 8, 2)
+    assert (content["surveyed"], content["images"], len(content["unusable"])) == (6, 8, 2)
     assert content["height"] == [20, 22] and content["warnings"] == report_warnings(found)
 
 
@@ -179,7 +179,7 @@ def test_examples_show_the_class_they_stand_for():
         assert picked[0][0] in LABELS.unseen
 
 
-def test_a_class_that_fills_its_only_picture_is_found():
+def test_a_class_that_fills_its_only_image_is_found():
     data = Drawn(3, change=lambda mask, index: mask.fill_(3) if index == 2 else mask.clamp(max=2))
     assert quiet(LABELS, data).example[3] == 2
 
@@ -207,7 +207,7 @@ def test_figures_of_any_number_of_classes(name, tmp_path):
     plt.close(figure)
 
 
-@pytest.mark.skipif(not SAMPLES.exists(), reason="sample pictures and masks are not here")
+@pytest.mark.skipif(not SAMPLES.exists(), reason="sample images and masks are not here")
 def test_a_shift_of_real_labels_is_visible_by_name():
     labels, folder = load_label_set("voc"), SAMPLES / "voc2012"
     files = dict(images=[folder / "JPEGImages/2010_005788.jpg"], masks=[folder / "SegmentationClass/2010_005788.png"])

@@ -49,14 +49,14 @@ def mat_bytes(mask):
 
 def png_bytes(mask):
     """A file of VOC's SegmentationClass."""
-    picture = Image.fromarray(mask)
-    picture.putpalette(voc_palette().tobytes())
-    picture.save(buffer := io.BytesIO(), "PNG")
+    image = Image.fromarray(mask)
+    image.putpalette(voc_palette().tobytes())
+    image.save(buffer := io.BytesIO(), "PNG")
     return buffer.getvalue()
 
 
 def jpg_bytes(shape, rng):
-    """A noisy picture."""
+    """A noisy image."""
     Image.fromarray(rng.integers(0, 256, (*shape, 3), np.uint8)).save(buffer := io.BytesIO(), "JPEG")
     return buffer.getvalue()
 
@@ -71,11 +71,11 @@ def write_tar(path, files):
             tar.addfile(item, io.BytesIO(content))
 
 
-def write_archives(root, lists, pictures, voc_masks, sbd_masks):
-    """Both archives in the official layout; the last three are bytes of files by picture name."""
+def write_archives(root, lists, images, voc_masks, sbd_masks):
+    """Both archives in the official layout; the last three are bytes of files by image name."""
     text = {key: "".join(f"{name}\n" for name in names).encode() for key, names in lists.items()}
     first = {f"VOCdevkit/VOC2012/ImageSets/Segmentation/{key}.txt": text[key] for key in ("train", "val")}
-    first |= {f"VOCdevkit/VOC2012/JPEGImages/{name}.jpg": content for name, content in pictures.items()}
+    first |= {f"VOCdevkit/VOC2012/JPEGImages/{name}.jpg": content for name, content in images.items()}
     first |= {f"VOCdevkit/VOC2012/SegmentationClass/{name}.png": content for name, content in voc_masks.items()}
     first |= {f"VOCdevkit/VOC2012/SegmentationObject/{name}.png": b"not wanted" for name in voc_masks}
     second = {f"benchmark_RELEASE/dataset/cls/{name}.mat": content for name, content in sbd_masks.items()}
@@ -86,19 +86,19 @@ def write_archives(root, lists, pictures, voc_masks, sbd_masks):
 
 
 def make_miniature(root, count=6):
-    """`count` pictures for each of train, val and aug; returns all masks as arrays."""
+    """`count` images for each of train, val and aug; returns all masks as arrays."""
     rng = np.random.default_rng(0)
     lists = {key: [f"200{year}_{n:06d}" for n in range(count)] for key, year in [("train", 7), ("val", 8), ("aug", 9)]}
     names = [name for key in ("train", "val", "aug") for name in lists[key]]
     shapes = {name: (20 + index % 5, 30 + index % 3) for index, name in enumerate(names)}
     masks = {name: rng.integers(0, 21, shapes[name]).astype(np.uint8) for name in names}
     own = {name: np.where(rng.random(shapes[name]) < 0.1, 255, masks[name]).astype(np.uint8) for name in names}
-    pictures = {name: jpg_bytes(shapes[name], rng) for name in names}
+    images = {name: jpg_bytes(shapes[name], rng) for name in names}
     voc_masks = {name: png_bytes(own[name]) for key in ("train", "val") for name in lists[key]}
     sbd = {"sbd_train": lists["aug"][::-2] + lists["train"][:2] + lists["val"][:1], "sbd_val": lists["aug"][-2::-2]}
     sbd["sbd_val"] += lists["val"][1:2]
     in_sbd = {name: mat_bytes(masks[name]) for name in sbd["sbd_train"] + sbd["sbd_val"]}
-    write_archives(root, {**lists, **sbd}, pictures, voc_masks, in_sbd)
+    write_archives(root, {**lists, **sbd}, images, voc_masks, in_sbd)
     return lists, {name: masks[name] if name in lists["aug"] else own[name] for name in names}
 
 
@@ -208,7 +208,7 @@ def test_counts_are_those_of_the_protocol(root, monkeypatch):
     assert prepare_voc(root, progress=False)["trainaug"] == 12
 
 
-def test_a_list_that_leaks_test_pictures_is_refused(root):
+def test_a_list_that_leaks_test_images_is_refused(root):
     prepare(root)
     file = root / "VOC2012/ImageSets/Segmentation/aug.txt"
     names = file.read_text()
@@ -260,9 +260,9 @@ def test_converted_masks_can_be_looked_at(tmp_path):
     mask = np.arange(256, dtype=np.uint8).reshape(8, 32)
     (tmp_path / "a.mat").write_bytes(mat_bytes(mask))
     convert_sbd_mask(tmp_path / "a.mat", tmp_path / "a.png")
-    picture = Image.open(tmp_path / "a.png")
-    assert picture.mode == "P" and np.array_equal(np.asarray(picture), mask)
-    assert np.array_equal(np.asarray(picture.convert("RGB")), voc_palette()[mask])
+    image = Image.open(tmp_path / "a.png")
+    assert image.mode == "P" and np.array_equal(np.asarray(image), mask)
+    assert np.array_equal(np.asarray(image.convert("RGB")), voc_palette()[mask])
 
 
 def test_the_palette_is_a_permutation_of_bits():
@@ -324,16 +324,16 @@ def test_kills_at_any_time_do_no_harm(tmp_path):
 
 
 @needs_samples
-def test_real_pictures_and_masks(tmp_path):
+def test_real_images_and_masks(tmp_path):
     own = {file.stem: file.read_bytes() for file in sorted((SAMPLES / "SegmentationClass").glob("*.png"))}
     aug = {file.stem: np.asarray(Image.open(file)) for file in (SAMPLES / "SegmentationClassAug").glob("*.png")}
-    pictures = {file.stem: file.read_bytes() for file in (SAMPLES / "JPEGImages").glob("*.jpg")}
-    assert set(own) | set(aug) == set(pictures) and len(own) > 10 and len(aug) >= 3
+    images = {file.stem: file.read_bytes() for file in (SAMPLES / "JPEGImages").glob("*.jpg")}
+    assert set(own) | set(aug) == set(images) and len(own) > 10 and len(aug) >= 3
     names = sorted(own)
     lists = {"train": names[::2], "val": names[1::2], "sbd_train": [*aug, names[0], names[1]], "sbd_val": [names[3]]}
     sbd = {name: mat_bytes(mask) for name, mask in aug.items()}
     sbd |= {name: mat_bytes(np.asarray(Image.open(io.BytesIO(own[name])))) for name in (names[0], names[1], names[3])}
-    write_archives(tmp_path, lists, pictures, own, sbd)
+    write_archives(tmp_path, lists, images, own, sbd)
     counts = prepare(tmp_path)
     assert counts == dict(
         train=len(names[::2]), aug=len(aug), trainaug=len(names[::2]) + len(aug), val=len(names[1::2])
@@ -347,7 +347,7 @@ def test_real_pictures_and_masks(tmp_path):
                 numbers = np.asarray(Image.open(io.BytesIO(own[sample.name])))
                 assert 255 in numbers, "VOC's masks have borders"
             assert torch.equal(sample.mask.int(), as_labels(numbers).int())
-            decoded = np.asarray(Image.open(io.BytesIO(pictures[sample.name])).convert("RGB"))
+            decoded = np.asarray(Image.open(io.BytesIO(images[sample.name])).convert("RGB"))
             assert np.array_equal(sample.image.permute(1, 2, 0).numpy(), decoded)
     for file in (SAMPLES / "SegmentationClassAug").glob("*.png"):
         made, published = (
@@ -356,5 +356,5 @@ def test_real_pictures_and_masks(tmp_path):
         )
         assert np.array_equal(np.asarray(made), np.asarray(published))
         used = np.unique(np.asarray(made))
-        palettes = [np.array(picture.getpalette()).reshape(-1, 3)[used] for picture in (made, published)]
+        palettes = [np.array(image.getpalette()).reshape(-1, 3)[used] for image in (made, published)]
         assert np.array_equal(*palettes), "the computed palette is the published one"

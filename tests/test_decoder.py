@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from sptseg.core import UserError
-from sptseg.decoder import CROSS, Decoder, SGDCross, TaskTokenSelection, ZegCLIPCross
-from sptseg.hilo import HiLo, head_split
+from sptseg.models.decoder import CROSS, Decoder, SGDCross, TaskTokenSelection, ZegCLIPCross
+from sptseg.models.hilo import HiLo, head_split
 
 KINDS = tuple(CROSS)
 
@@ -28,7 +28,7 @@ def make(kind, **options):
     return decoder.eval()
 
 
-def attend(queries, keys, values):
+def cross_attention(queries, keys, values):
     """Attention of one head, one query at a time."""
     rows = []
     for query in queries:
@@ -38,26 +38,26 @@ def attend(queries, keys, values):
     return torch.stack(rows)
 
 
-def naive_hilo(model, picture, high_heads, head_width):
-    """HiLo of one picture (h, w, d), written from the description alone."""
-    height, width, d = picture.shape
+def naive_hilo(model, image, high_heads, head_width):
+    """HiLo of one image (h, w, d), written from the description alone."""
+    height, width, d = image.shape
     rows, columns = math.ceil(height / 3) * 3, math.ceil(width / 3) * 3
     padded = torch.zeros(rows, columns, d)
-    padded[:height, :width] = picture
+    padded[:height, :width] = image
     qkv = padded @ model.high.qkv.weight.T
     high = torch.zeros(rows, columns, high_heads * head_width)
     for y in range(0, rows, 3):
         for x in range(0, columns, 3):
             window = qkv[y : y + 3, x : x + 3].reshape(9, 3, high_heads, head_width)
             for head in range(high_heads):
-                answer = attend(*window[:, :, head].unbind(1)).view(3, 3, head_width)
+                answer = cross_attention(*window[:, :, head].unbind(1)).view(3, 3, head_width)
                 high[y : y + 3, x : x + 3, head * head_width : (head + 1) * head_width] = answer
     cells = torch.stack(
         [padded[y : y + 3, x : x + 3].sum((0, 1)) / 9 for y in range(0, rows, 3) for x in range(0, columns, 3)]
     )
     query = (padded @ model.low.query.weight.T).view(rows * columns, -1, head_width)
     key, value = (cells @ model.low.key_value.weight.T).view(len(cells), 2, -1, head_width).unbind(1)
-    heads = [attend(query[:, head], key[:, head], value[:, head]) for head in range(query.shape[1])]
+    heads = [cross_attention(query[:, head], key[:, head], value[:, head]) for head in range(query.shape[1])]
     low = model.low.projection(torch.cat(heads, -1)).view(rows, columns, -1)
     return torch.cat([high, low], -1)[:height, :width]
 
@@ -70,8 +70,8 @@ def test_hilo_equals_naive_attention(grid, split):
     model, maps = HiLo(width=8, num_heads=4, split=split), torch.randn(2, 8, *grid)
     high_heads = {"code": 1, "paper": 3}[split]
     found = model(maps).unflatten(1, grid)
-    for picture, answer in zip(maps.movedim(1, -1), found, strict=True):
-        assert torch.allclose(answer, naive_hilo(model, picture, high_heads, 2), atol=1e-5)
+    for image, answer in zip(maps.movedim(1, -1), found, strict=True):
+        assert torch.allclose(answer, naive_hilo(model, image, high_heads, 2), atol=1e-5)
 
 
 def test_padding_takes_part():
@@ -99,8 +99,8 @@ def test_task_token_selects_by_clamped_cosine():
     selection, patches = TaskTokenSelection(width=6), torch.randn(2, 9, 6)
     assert torch.equal(selection.transform, torch.eye(6)), "the transform starts as the identity"
     selection.transform.data = torch.randn(6, 6)
-    for picture, kept in zip(patches, selection(patches), strict=True):
-        for patch, answer in zip(picture, kept, strict=True):
+    for image, kept in zip(patches, selection(patches), strict=True):
+        for patch, answer in zip(image, kept, strict=True):
             cosine = patch @ selection.task_token / (patch.norm() * selection.task_token.norm())
             assert torch.allclose(answer, cosine.clamp(0) * patch @ selection.transform, atol=1e-5)
     assert torch.isfinite(selection(torch.zeros(1, 2, 6))).all()
@@ -135,7 +135,7 @@ def test_classes_do_not_see_one_another(kind, layers):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pictures_do_not_see_one_another(kind):
+def test_images_do_not_see_one_another(kind):
     maps, cls, text = inputs()
     decoder = make(kind)
     assert torch.allclose(decoder(maps, cls, text)[1:], decoder(maps[1:], cls[1:], text), atol=1e-5)
@@ -160,7 +160,7 @@ def test_layers_start_as_copies(kind):
     first = decoder.layers[0].state_dict()
     assert all(torch.equal(layer.state_dict()[name], first[name]) for layer in decoder.layers for name in first)
     assert all(torch.equal(tensor, first[f"cross.{name}"]) for name, tensor in decoder.last.state_dict().items())
-    assert decoder.layers[0].expand.weight is not decoder.layers[1].expand.weight
+    assert decoder.layers[0].linear1.weight is not decoder.layers[1].linear1.weight
 
 
 @pytest.mark.parametrize("kind", KINDS)

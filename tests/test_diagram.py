@@ -15,8 +15,8 @@ from open_clip.transformer import VisionTransformer
 from PIL import Image
 
 from sptseg.core import UserError
-from sptseg.diagram import draw_method, draw_spectral_prompt, hollow_segmenter, record_shapes, save_figure
-from sptseg.segmenter import METHODS, SegmenterConfig, build_segmenter
+from sptseg.models.segmenter import METHODS, SegmenterConfig, build_segmenter
+from sptseg.paper.diagram import draw_method, draw_spectral_prompt, hollow_segmenter, record_shapes, save_figure
 
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
 BASE, TINY = "ViT-B-16-quickgelu", "glyph-clip"
@@ -70,7 +70,7 @@ def test_hooks_are_gone_after_a_failure():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_every_product_in_the_picture_was_recorded(variant):
+def test_every_product_in_the_image_was_recorded(variant):
     model, shapes = variant
     known = set(shapes.values()) | {shape[1:] for shape in shapes.values()}
     known |= {shapes["encoder.spectral_prompt.filter"][:3]} if model.encoder.spectral_prompt else set()
@@ -131,8 +131,8 @@ def test_other_text_keeps_out_of_boxes(variant):
 
 DRAW_TINY = """
 import sys
-from sptseg.diagram import *
-from sptseg.segmenter import SegmenterConfig
+from sptseg.paper.diagram import *
+from sptseg.models.segmenter import SegmenterConfig
 figure = draw_method(*hollow_segmenter("glyph-clip", SegmenterConfig(image_size=96)))
 for path in sys.argv[1:]:
     save_figure(figure, path)
@@ -151,7 +151,7 @@ def test_another_process_and_another_style_give_the_same_bytes(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(("draw", "name"), [(draw_method, "method"), (draw_spectral_prompt, "spectral_prompt")])
-def test_kept_pictures_are_up_to_date(draw, name, tmp_path):
+def test_kept_images_are_up_to_date(draw, name, tmp_path):
     kept = FIGURES / f"{name}.png"
     again = save_figure(draw(*hollow_segmenter(*VARIANTS["spt-seg"])), tmp_path / kept.name)
     assert kept.stat().st_size <= 250_000
@@ -159,7 +159,7 @@ def test_kept_pictures_are_up_to_date(draw, name, tmp_path):
         if old.info["Software"] != new.info["Software"]:
             pytest.skip(f"{name}.png was drawn by {old.info['Software']}, which may draw other pixels")
         assert np.array_equal(np.asarray(old.convert("RGB")), np.asarray(new.convert("RGB"))), (
-            "run nbs/63_diagram.ipynb"
+            "run nbs/80_paper.diagram.ipynb"
         )
     assert kept.read_bytes() == again.read_bytes()
 

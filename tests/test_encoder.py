@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from sptseg.core import UserError
-from sptseg.encoder import PromptedBlock, PromptedEncoder, embed_patches, parse_blocks
-from sptseg.prompts import DeepPrompts, SpectralPrompt
+from sptseg.models.encoder import PromptedBlock, PromptedEncoder, embed_patches, parse_blocks
+from sptseg.models.prompts import DeepPrompts, SpectralPrompt
 
 
 def clip_encoder(**options):

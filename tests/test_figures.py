@@ -17,17 +17,19 @@ from torch.nn import functional as F
 
 from sptseg.core import IGNORE, UserError, save_json
 from sptseg.data.benchmarks import Benchmark
+from sptseg.data.label_sets import LabelSet
 from sptseg.data.transforms import Sample
-from sptseg.figures import (
+from sptseg.models.prompts import SpectralPrompt
+from sptseg.paper.figures import (
     COLUMN,
     PAGE,
     class_order,
     curve_of,
-    filter_pictures,
+    filter_images,
     found_records,
     largest_class,
     mean_spread,
-    mixed_pictures,
+    mixed_images,
     plot_ablations,
     plot_classes,
     plot_cost,
@@ -40,10 +42,8 @@ from sptseg.figures import (
     save_both,
     square_sample,
 )
-from sptseg.prompts import SpectralPrompt
 from sptseg.recipe import load_recipe
-from sptseg.splits import LabelSet
-from sptseg.train import train
+from sptseg.training.loop import train
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [f"a class called {index}" for index in range(100)]
@@ -61,7 +61,7 @@ def draw_all():
     """Name → figure, from invented numbers."""
     torch.manual_seed(0)
     runs = {"ZegCLIP": [record(30), record(33)], "SPT-SEG": [record(50), record(52)], "another one": [record(12)]}
-    pictures, cosines = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8), torch.rand(2, 3, 6, 6) * 2 - 1
+    images, cosines = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8), torch.rand(2, 3, 6, 6) * 2 - 1
     return {
         "curves": plot_curves(runs, {"training-free CLIP": record(20)}),
         "few classes": plot_classes(runs, NAMES[:20], [3, 19]),
@@ -69,7 +69,7 @@ def draw_all():
         "ablations": plot_ablations({"Table": {**runs, "a row that was not run at all": []}, "other": runs}),
         "cost": plot_cost({"ZegCLIP": (1e8, [30, 33]), "SPT-SEG": (2e8, [50])}),
         "filters": plot_filters(SpectralPrompt(grid=(6, 9), width=8)),
-        "selection": plot_selection(list(pictures), cosines),
+        "selection": plot_selection(list(images), cosines),
     }
 
 
@@ -148,15 +148,15 @@ def benchmark_of(masks):
     return Benchmark(labels, None, samples)
 
 
-def test_pictures_with_seen_and_unseen_classes_come_first():
+def test_images_with_seen_and_unseen_classes_come_first():
     kinds = ((0, 1), (0, 2), (2, IGNORE), (1, 2), (IGNORE, IGNORE))
     masks = [torch.tensor([[low, high]], dtype=torch.uint8).repeat(8, 4) for low, high in kinds]
-    assert mixed_pictures(benchmark_of(masks), 2) == [1, 3]
-    assert mixed_pictures(benchmark_of(masks), 4) == [1, 3, 0, 2]
+    assert mixed_images(benchmark_of(masks), 2) == [1, 3]
+    assert mixed_images(benchmark_of(masks), 4) == [1, 3, 0, 2]
     assert largest_class(masks[1], [0, 1]) == 0 and largest_class(masks[0], [2]) is None
 
 
-def test_a_square_is_cut_from_the_middle_of_picture_and_mask():
+def test_a_square_is_cut_from_the_middle_of_image_and_mask():
     mask = torch.zeros(20, 41, dtype=torch.uint8)
     mask[:, 10:30] = 1
     sample, normal = square_sample(benchmark_of([mask]), 0, 32)
@@ -166,7 +166,7 @@ def test_a_square_is_cut_from_the_middle_of_picture_and_mask():
 def test_a_strong_filter_is_found_and_shown_where_it_is():
     spectral = SpectralPrompt(grid=(8, 8), width=5)
     spectral.filter.data[1, 2, 3] = 9.0
-    (channel,), responses, kernels = filter_pictures(spectral, 1)
+    (channel,), responses, kernels = filter_images(spectral, 1)
     assert channel == 3 and np.unravel_index(responses.argmax(), responses.shape[:2]) == (5, 2)
     assert kernels.shape == (8, 8, 1)
 

@@ -1,4 +1,4 @@
-"""Glyph Scenes: the same picture for the same (split, seed, index), always, and masks that tell the truth."""
+"""Glyph Scenes: the same image for the same (split, seed, index), always, and masks that tell the truth."""
 
 import json
 
@@ -22,14 +22,14 @@ from sptseg.data.glyphs import (
     pictogram,
     scene_rng,
 )
-from sptseg.pretrain import NAMES, image_vectors, make_pool, name_loss, patch_loss
+from sptseg.training.pretrain import NAMES, image_vectors, make_pool, name_loss, patch_loss
 
 
 def scenes(**changes):
     return GlyphScenes(**{"label_set": "glyphs-20", "split": "val", "length": 12, **changes})
 
 
-def test_pictures_depend_on_nothing_but_split_seed_and_index():
+def test_images_depend_on_nothing_but_split_seed_and_index():
     first = [scenes()[index] for index in range(12)]
     np.random.seed(3)
     torch.manual_seed(5)
@@ -39,11 +39,11 @@ def test_pictures_depend_on_nothing_but_split_seed_and_index():
         assert torch.equal(one.image, other.image) and torch.equal(one.mask, other.mask) and one.name == other.name
 
 
-def test_pictures_change_with_split_seed_and_index():
+def test_images_change_with_split_seed_and_index():
     kinds = [scenes(), scenes(split="train"), scenes(seed=1), scenes(split="train", seed=1)]
-    pictures = {kind[index].image.numpy().tobytes() for kind in kinds for index in range(12)}
-    assert len(pictures) == 48
-    assert not torch.equal(make_pool(1, 96, (2, 4), (0.4, 0.65), seed=0).pictures[0], scenes()[0].image)
+    images = {kind[index].image.numpy().tobytes() for kind in kinds for index in range(12)}
+    assert len(images) == 48
+    assert not torch.equal(make_pool(1, 96, (2, 4), (0.4, 0.65), seed=0).images[0], scenes()[0].image)
 
 
 def test_items_have_the_promised_form():
@@ -72,10 +72,10 @@ def test_every_class_occurs_in_both_splits():
 def test_masks_follow_the_colours():
     hues = {"red": 0, "green": 1, "blue": 2}
     for colour, channel in hues.items():
-        picture, layers = draw_scene([f"{colour} cat"], ["grey wall"], 96, np.random.default_rng(channel))
-        body = picture[layers == 1].astype(float).mean(0)
+        image, layers = draw_scene([f"{colour} cat"], ["grey wall"], 96, np.random.default_rng(channel))
+        body = image[layers == 1].astype(float).mean(0)
         assert body.argmax() == channel and body.max() > 1.3 * np.sort(body)[1]
-        ground = picture[layers == 0].astype(float)
+        ground = image[layers == 0].astype(float)
         assert np.ptp(ground.mean(0)) < 12, "the ground is grey"
 
 
@@ -118,8 +118,8 @@ def test_bad_arguments_are_named(changes, culprit):
 
 def test_captions_name_what_is_visible_and_nothing_else():
     for index in range(30):
-        picture, things, grounds = captioned_scene(scene_rng(0, "pretrain", index), 48)
-        assert picture.shape == (3, 48, 48) and 1 <= len(grounds) <= 2 and len(things) <= 4
+        image, things, grounds = captioned_scene(scene_rng(0, "pretrain", index), 48)
+        assert image.shape == (3, 48, 48) and 1 <= len(grounds) <= 2 and len(things) <= 4
         text = caption(things, grounds, WORDINGS[index % 5])
         named = {name for name in THING_NAMES + GROUND_NAMES if name in text}
         assert named == {*things, *grounds}
@@ -142,6 +142,6 @@ def test_the_tiny_clip_recognises_things_it_has_not_been_shown_here():
     with torch.no_grad():
         names = clip.encode_text(tokenizer([caption([name]) for name in THING_NAMES]), normalize=True)
         for count in (1, 2):
-            answer = (image_vectors(clip, pool.pictures, count)[0] @ names.T).argmax(1)
+            answer = (image_vectors(clip, pool.images, count)[0] @ names.T).argmax(1)
             assert pool.named[torch.arange(400), answer].float().mean() > 0.87
     assert (folder / "model.safetensors").stat().st_size <= 16 * 2**20

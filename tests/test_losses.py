@@ -1,4 +1,4 @@
-"""Losses against loops over pictures, classes and pixels, and the labels that they are computed from."""
+"""Losses against loops over images, classes and pixels, and the labels that they are computed from."""
 
 import math
 from pathlib import Path
@@ -12,43 +12,36 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import sptseg.losses
+import sptseg.training.losses
 from sptseg.core import IGNORE, UNSEEN, UserError
-from sptseg.losses import (
-    Blur,
-    EmptySimilarity,
-    Focal,
-    Similarity,
-    along,
+from sptseg.training.fused_losses import Blur, Focal, NegativeSSIM, Similarity, apply_separable, fused_losses, make_axis
+from sptseg.training.losses import pseudo_label, segmentation_loss
+from sptseg.training.mask_losses import (
     count_masks,
+    dense_losses,
     dice_loss,
     focal_loss,
-    make_axis,
     one_hot_target,
     present_classes,
-    pseudo_label,
-    segmentation_loss,
-    split_losses,
     ssim_loss,
-    whole_losses,
 )
 
 REFERENCE = Path(__file__).resolve().parents[1] / "../shared/reference"
 
 
-def batch(pictures=3, classes=4, height=6, width=5, seed=0):
-    """Logits and labels; class 3 is absent everywhere, the last picture has nothing but ignored pixels."""
+def batch(images=3, classes=4, height=6, width=5, seed=0):
+    """Logits and labels; class 3 is absent everywhere, the last image has nothing but ignored pixels."""
     generator = torch.Generator().manual_seed(seed)
-    logits = 3 * torch.randn(pictures, classes, height, width, generator=generator)
-    label = torch.randint(0, classes - 1, (pictures, height, width), generator=generator)
+    logits = 3 * torch.randn(images, classes, height, width, generator=generator)
+    label = torch.randint(0, classes - 1, (images, height, width), generator=generator)
     label[0, :2], label[-1] = IGNORE, IGNORE
     return logits, label
 
 
 def maps_of(logits, label):
-    """Logits and target of every picture and class, as arrays."""
-    for picture, truth in zip(logits.double().numpy(), label.numpy(), strict=True):
-        for index, values in enumerate(picture):
+    """Logits and target of every image and class, as arrays."""
+    for image, truth in zip(logits.double().numpy(), label.numpy(), strict=True):
+        for index, values in enumerate(image):
             yield values, (truth == index).astype(float)
 
 
@@ -96,7 +89,7 @@ def test_dice_loss_equals_a_loop_over_present_classes():
 
 
 def test_ssim_loss_equals_a_loop():
-    logits, label = batch(pictures=2, height=13, width=12)
+    logits, label = batch(images=2, height=13, width=12)
     offsets = np.arange(11) - 5
     bell = np.exp(-(offsets**2) / (2 * 1.5**2))
     window = np.outer(bell, bell) / bell.sum() ** 2
@@ -151,7 +144,7 @@ def test_ignored_pixels_are_negatives():
 
 @pytest.mark.parametrize("auxiliary", ["ssim", "dice"])
 def test_two_half_batches_with_the_mean_number_of_masks_make_the_whole(auxiliary):
-    logits, label = batch(pictures=4)
+    logits, label = batch(images=4)
     leaf = logits.clone().requires_grad_()
     whole = segmentation_loss(leaf, label, auxiliary=auxiliary)
     whole["loss"].backward()
@@ -185,8 +178,8 @@ def test_pseudo_labels_name_the_best_unseen_class_and_nothing_else():
     given = pseudo_label(logits, label, (3, 1))
     hidden = label == UNSEEN
     assert torch.equal(given[~hidden], label[~hidden]) and hidden.any()
-    for picture, y, x in hidden.nonzero().tolist():
-        assert given[picture, y, x] == (3 if logits[picture, 3, y, x] > logits[picture, 1, y, x] else 1)
+    for image, y, x in hidden.nonzero().tolist():
+        assert given[image, y, x] == (3 if logits[image, 3, y, x] > logits[image, 1, y, x] else 1)
     assert not given.requires_grad and given.dtype == label.dtype
     assert torch.equal(pseudo_label(logits, given, (3, 1)), given)
 
@@ -221,13 +214,13 @@ def ssim_loss_in_float64(prediction, target):
 @pytest.mark.parametrize("auxiliary", ["ssim", "dice", "ssim-probabilities", None])
 @pytest.mark.parametrize("seed", range(12))
 def test_split_losses_equal_whole_ones(seed, auxiliary, dtype, tolerance, monkeypatch):
-    monkeypatch.setitem(sptseg.losses.PIXELS, "cpu", 5000)  # several maps at a time, several times
+    monkeypatch.setitem(sptseg.training.fused_losses.PIXELS, "cpu", 5000)  # several maps at a time, several times
     if dtype == torch.float64:
-        monkeypatch.setattr(sptseg.losses, "ssim_loss", ssim_loss_in_float64)
-        monkeypatch.setattr(sptseg.losses, "one_hot_target", lambda *given: one_hot_target(*given).double())
+        monkeypatch.setattr(sptseg.training.losses, "ssim_loss", ssim_loss_in_float64)
+        monkeypatch.setattr(sptseg.training.losses, "one_hot_target", lambda *given: one_hot_target(*given).double())
     masks, label = small_masks(seed, dtype=dtype)
-    whole, expected = losses_and_gradients(whole_losses, masks, label, auxiliary)
-    split, found = losses_and_gradients(split_losses, masks, label, auxiliary)
+    whole, expected = losses_and_gradients(dense_losses, masks, label, auxiliary)
+    split, found = losses_and_gradients(fused_losses, masks, label, auxiliary)
     assert torch.allclose(split, whole, rtol=tolerance / 10, atol=1e-6 if dtype == torch.float32 else 0)
     for a, b in zip(found, expected, strict=False):  # without an auxiliary loss the second one has no gradient
         assert (a - b).abs().max() <= tolerance * b.abs().max()
@@ -236,8 +229,8 @@ def test_split_losses_equal_whole_ones(seed, auxiliary, dtype, tolerance, monkey
 @pytest.mark.parametrize("size", [(3, 4), (6, 8), (7, 9), (2, 3), (1, 1)])
 def test_split_losses_serve_masks_of_the_label_s_size_and_larger_ones(size):
     masks, label = torch.randn(2, 3, 3, 4, requires_grad=True), torch.randint(0, 3, (2, *size))
-    whole, expected = losses_and_gradients(whole_losses, masks, label, "ssim")
-    split, found = losses_and_gradients(split_losses, masks, label, "ssim")
+    whole, expected = losses_and_gradients(dense_losses, masks, label, "ssim")
+    split, found = losses_and_gradients(fused_losses, masks, label, "ssim")
     assert torch.allclose(split, whole, rtol=1e-5, atol=1e-6)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
 
@@ -251,7 +244,7 @@ def test_gradients_are_the_derivatives(seed, auxiliary):
     label[0, :seed] = IGNORE
 
     def losses(masks):
-        focal, other = split_losses(masks, label, auxiliary, torch.tensor(3.0))
+        focal, other = fused_losses(masks, label, auxiliary, torch.tensor(3.0))
         return (focal, other) if auxiliary else focal
 
     assert torch.autograd.gradcheck(losses, masks)
@@ -265,7 +258,7 @@ def test_hand_written_derivatives_are_right():
     axes = make_axis(3, 6, masks), make_axis(2, 5, masks)
     assert torch.autograd.gradcheck(lambda masks: Focal.apply(masks, None, *axes), masks)
     assert torch.autograd.gradcheck(lambda masks: Focal.apply(masks, target, *axes), masks)
-    assert torch.autograd.gradcheck(lambda masks: EmptySimilarity.apply(masks, *axes), masks)
+    assert torch.autograd.gradcheck(lambda masks: NegativeSSIM.apply(masks, *axes), masks)
     assert torch.autograd.gradcheck(Similarity.apply, [x, square, Blur.apply(target), product])
 
 
@@ -274,10 +267,10 @@ def test_local_means_come_from_the_small_masks():
         masks, label = small_masks(seed, dtype=torch.float64)
         rows, columns = (make_axis(*sizes, masks) for sizes in zip(masks.shape[2:], label.shape[1:], strict=True))
         resized = F.interpolate(masks, label.shape[1:], mode="bilinear", align_corners=False)
-        points = along(rows.halve, masks, columns.halve)
-        assert torch.allclose(along(rows.resize, masks, columns.resize), resized)
-        assert torch.allclose(along(rows.mean, masks, columns.mean), Blur.apply(resized))
-        assert torch.allclose(along(rows.mean_square, points**2, columns.mean_square), Blur.apply(resized**2))
+        points = apply_separable(rows.add_midpoints, masks, columns.add_midpoints)
+        assert torch.allclose(apply_separable(rows.resize, masks, columns.resize), resized)
+        assert torch.allclose(apply_separable(rows.mean, masks, columns.mean), Blur.apply(resized))
+        assert torch.allclose(apply_separable(rows.mean_square, points**2, columns.mean_square), Blur.apply(resized**2))
 
 
 @pytest.mark.parametrize("auxiliary", ["ssim", "dice"])
@@ -321,7 +314,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("auxiliary", ["ssim", "dice", "ssim-probabilities"])
 def test_memory_does_not_grow_with_the_classes(auxiliary, monkeypatch):
-    monkeypatch.setitem(sptseg.losses.PIXELS, "cpu", 2 * 64 * 64)
+    monkeypatch.setitem(sptseg.training.fused_losses.PIXELS, "cpu", 2 * 64 * 64)
     masks, label = torch.randn(1, 40, 4, 4, requires_grad=True), torch.randint(0, 20, (1, 64, 64))
     with LargestTensor() as seen:
         segmentation_loss(masks, label, auxiliary=auxiliary)["loss"].backward()
@@ -352,7 +345,7 @@ def test_split_losses_reproduce_the_authors_vectors(method, auxiliary, name):
     recorded = load_file(REFERENCE / f"{method}_loss_{name}.safetensors")
     masks, label = recorded["input.logits"].requires_grad_(), recorded["input.label"]
     num_masks = present_classes(label, masks.shape[1]).sum().clamp(min=1)
-    focal, other = split_losses(masks, label, auxiliary, num_masks)
+    focal, other = fused_losses(masks, label, auxiliary, num_masks)
     for term, loss in {"mask": 100 * focal, auxiliary: other}.items():
         expected, slope = recorded[f"output.loss_{term}"][0], recorded[f"output.grad.loss_{term}"]
         found = torch.autograd.grad(loss, masks, retain_graph=True)[0]

@@ -10,15 +10,15 @@ import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sptseg.core import IGNORE, UserError
-from sptseg.metrics import SegmentationMetrics, class_iou, harmonic_mean, pixel_accuracy, scores_from_matrix
-from sptseg.splits import LabelSet, load_label_set
+from sptseg.data.label_sets import LabelSet, load_label_set
+from sptseg.evaluation.metrics import SegmentationMetrics, class_iou, harmonic_mean, pixel_accuracy, scores_from_matrix
 
 TOY = LabelSet("toy", ("a", "b", "c", "d"), unseen=(1, 3))
 
 
-def random_maps(seed, classes=4, pictures=5, ignored=0.1):
+def random_maps(seed, classes=4, images=5, ignored=0.1):
     generator = torch.Generator().manual_seed(seed)
-    label = torch.randint(0, classes, (pictures, 30, 41), generator=generator)
+    label = torch.randint(0, classes, (images, 30, 41), generator=generator)
     prediction = torch.where(torch.rand(label.shape, generator=generator) < 0.5, label, label.flip(1) * 0 + 2)
     label[torch.rand(label.shape, generator=generator) < ignored] = IGNORE
     return prediction, label
@@ -157,7 +157,7 @@ def count_in_a_process(rank, folder):
     dist.destroy_process_group()
 
 
-def test_two_processes_agree_on_the_result_of_all_pictures(tmp_path):
+def test_two_processes_agree_on_the_result_of_all_images(tmp_path):
     mp.spawn(count_in_a_process, args=(str(tmp_path),), nprocs=2)
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert results[0] == results[1] == measured(TOY, *random_maps(3)).as_dict()

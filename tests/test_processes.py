@@ -13,19 +13,19 @@ import torch
 from safetensors.torch import load_file
 
 from sptseg.core import UserError
-from sptseg.launch import run_in_processes
 from sptseg.recipe import check_recipe
-from sptseg.train import RESULTS, WEIGHTS, train
+from sptseg.training.launch import run_in_processes
+from sptseg.training.loop import RESULTS, WEIGHTS, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {
-    **{"dataset": "glyphs-20", "image_size": 32, "num_prompts": 2, "decoder_layers": 2, "train_pictures": 12},
-    **{"val_pictures": 5, "iterations": 3, "batch_size": 4, "warmup_iterations": 0, "lr": 1e-3, "dropout": 0.0},
+    **{"dataset": "glyphs-20", "image_size": 32, "num_prompts": 2, "decoder_layers": 2, "train_images": 12},
+    **{"val_images": 5, "iterations": 3, "batch_size": 4, "warmup_iterations": 0, "lr": 1e-3, "dropout": 0.0},
 }
 WAYS = {
     "processes": {"n_proc": 2},
-    "micro-batches": {"micro_batches": 4},
-    "both": {"n_proc": 2, "micro_batches": 2, "gradient_checkpointing": True},
+    "micro-batches": {"gradient_accumulation_steps": 4},
+    "both": {"n_proc": 2, "gradient_accumulation_steps": 2, "gradient_checkpointing": True},
 }
 
 
@@ -79,20 +79,22 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path, whole):
 
 
 def test_the_batch_must_divide(tmp_path):
-    with pytest.raises(UserError, match="batch_size: 4 cannot be shared by 1 processes with 3 micro_batches"):
-        trained(tmp_path, micro_batches=3)
+    with pytest.raises(
+        UserError, match="batch_size: 4 cannot be shared by 1 processes with 3 gradient_accumulation_steps"
+    ):
+        trained(tmp_path, gradient_accumulation_steps=3)
 
 
-def count_pictures(out):
-    """In each of several processes: evaluate random labels of five pictures, and give the counts."""
+def count_images(out):
+    """In each of several processes: evaluate random labels of five images, and give the counts."""
     from accelerate import Accelerator
 
     from sptseg.data.benchmarks import load_benchmark
-    from sptseg.evaluate import test_loader as make_loader
-    from sptseg.metrics import SegmentationMetrics
+    from sptseg.evaluation.evaluate import eval_loader as make_loader
+    from sptseg.evaluation.metrics import SegmentationMetrics
 
     accelerator = Accelerator(cpu=True)
-    benchmark = load_benchmark("glyphs-20", size=32, val_pictures=5)
+    benchmark = load_benchmark("glyphs-20", size=32, val_images=5)
     metrics, names = SegmentationMetrics(benchmark.labels), []
     for _, mask, name in make_loader(benchmark, 32, 0, accelerator.process_index, accelerator.num_processes):
         guess = torch.randint(20, mask[0].shape, generator=torch.Generator().manual_seed(sum(map(ord, *name))))
@@ -102,9 +104,9 @@ def count_pictures(out):
 
 
 @pytest.mark.slow
-def test_evaluation_counts_every_picture_once():
-    names, alone = count_pictures(None)
-    shared, counts = run_in_processes(count_pictures, (None,), 2)
+def test_evaluation_counts_every_image_once():
+    names, alone = count_images(None)
+    shared, counts = run_in_processes(count_images, (None,), 2)
     assert len(names) == 5 and shared == names[::2]
     assert counts == alone
 

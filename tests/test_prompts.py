@@ -1,4 +1,4 @@
-"""Prompts: the spectral one is a circular convolution, the deep ones are drawn per picture."""
+"""Prompts: the spectral one is a circular convolution, the deep ones are drawn per image."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sptseg.prompts import DeepPrompts, SpectralPrompt, filter_to_kernel, hermitian_part, resize_filter
+from sptseg.models.prompts import DeepPrompts, SpectralPrompt, filter_to_kernel, hermitian_part, resize_filter
 
 GRIDS = [(4, 4), (5, 5), (4, 7), (5, 6), (1, 3), (3, 1), (2, 2)]
 
@@ -92,16 +92,16 @@ def test_the_filter_works_in_float32_under_autocast():
     assert halved.dtype == torch.bfloat16 and close(halved.float(), plain, 0.1)
 
 
-def test_deep_prompts_are_drawn_for_every_picture():
+def test_deep_prompts_are_drawn_for_every_image():
     torch.manual_seed(0)
     deep = DeepPrompts(num_blocks=3, num_prompts=4, width=32, patch_size=8)
     sets = deep(5)
     assert len(sets) == 3 and all(tokens.shape == (5, 4, 32) for tokens in sets)
-    assert not torch.equal(sets[0][0], sets[0][1]), "dropout differs from picture to picture"
+    assert not torch.equal(sets[0][0], sets[0][1]), "dropout differs from image to image"
     dropped = torch.stack(sets).eq(0).float().mean()
     assert 0.05 < dropped < 0.16
     still = torch.stack(deep.eval()(5))
-    assert all(torch.equal(still[:, 0], still[:, picture]) for picture in range(5))
+    assert all(torch.equal(still[:, 0], still[:, image]) for image in range(5))
     assert torch.allclose(still[:, 0], deep.projection(deep.embeddings))
 
 

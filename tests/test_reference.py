@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from sptseg.cli import main
 from sptseg.core import IGNORE, UserError
-from sptseg.decoder import CROSS, DecoderLayer
-from sptseg.encoder import PromptedEncoder
-from sptseg.interop import PREFIXES, read_segmenter
-from sptseg.losses import segmentation_loss
-from sptseg.prompts import DeepPrompts, SpectralPrompt
-from sptseg.reference import check_reference, take_stored
+from sptseg.models.decoder import CROSS, DecoderLayer
+from sptseg.models.encoder import PromptedEncoder
+from sptseg.models.prompts import DeepPrompts, SpectralPrompt
+from sptseg.releases.names import PREFIXES, read_segmenter
+from sptseg.releases.reference import check_reference, take_stored
+from sptseg.training.losses import segmentation_loss
 
 REFERENCE = Path(__file__).resolve().parents[1] / "../shared/reference"
 VARIANTS = {  # nothing here has the dimensions of the set that the authors' code was recorded in

@@ -25,10 +25,10 @@ def test_parameters_of_train_are_the_keys_of_a_recipe():
 
 
 def test_what_a_recipe_does_not_name_has_its_default(tmp_path):
-    given = {"dataset": "glyphs-20", "image_size": 32, "iterations": 1, "batch_size": 2, "val_pictures": 1}
+    given = {"dataset": "glyphs-20", "image_size": 32, "iterations": 1, "batch_size": 2, "val_images": 1}
     run_notebook("train", tmp_path, out="run", **given)
     used = json.loads((tmp_path / "run/results.json").read_text())["recipe"]
-    assert used == check_recipe(given).model_dump(mode="json") and used["train_pictures"] is None
+    assert used == check_recipe(given).model_dump(mode="json") and used["train_images"] is None
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +38,14 @@ def trained(tmp_path_factory):
     return folder / "run", executed
 
 
-def test_train_notebook_leaves_results_weights_and_pictures(trained):
+def test_train_notebook_leaves_results_weights_and_images(trained):
     run, executed = trained
     results = json.loads((run / "results.json").read_text())
     expected = load_recipe("demo/smoke", iterations=130, eval_every=65)
     assert results["recipe"] == expected.model_dump(mode="json"), "without a dataset: the smoke recipe"
     assert results["metrics"]["IoU"].keys() == set(results["metrics"]["IoU"]) and results["commit"]
-    assert (run / "model.safetensors").exists() and (run / "pictures.png").exists()
-    assert "image/png" in executed.read_text(), "the executed notebook shows pictures"
+    assert (run / "model.safetensors").exists() and (run / "images.png").exists()
+    assert "image/png" in executed.read_text(), "the executed notebook shows images"
 
 
 def test_the_record_of_a_run_has_every_evaluation_and_some_losses(trained):
@@ -64,12 +64,12 @@ def test_evaluate_notebook_finds_what_training_found(trained, tmp_path):
 
 
 def test_demo_compares_both_methods_over_seeds(tmp_path):
-    overrides = {"image_size": 48, "iterations": 2, "val_pictures": 4, "eval_every": 2, "num_prompts": 2}
+    overrides = {"image_size": 48, "iterations": 2, "val_images": 4, "eval_every": 2, "num_prompts": 2}
     run_notebook("demo", tmp_path, out="demo", seeds=[0, 1], overrides=overrides)
     results = json.loads((tmp_path / "demo/results.json").read_text())
     expected = {f"{method}, seed {seed}" for method in ("zegclip", "spt-seg") for seed in (0, 1)}
     assert results["metrics"].keys() == expected | {"training-free CLIP"}
-    assert {path.name for path in (tmp_path / "demo").glob("*.png")} == {"classes.png", "curves.png", "pictures.png"}
+    assert {path.name for path in (tmp_path / "demo").glob("*.png")} == {"classes.png", "curves.png", "images.png"}
 
 
 def test_a_mistake_in_the_parameters_stops_the_notebook_before_training(tmp_path):

@@ -11,23 +11,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from sptseg.core import UserError
-from sptseg.segmenter import (
-    METHODS,
+from sptseg.inference.windows import (
     average_windows,
-    best_classes,
-    build_segmenter,
+    candidate_classes,
     class_scores,
-    contenders,
-    load_segmenter,
+    labels_from_masks,
     merge_windows,
     predict_labels,
-    read_segmenter_file,
     resize_masks,
-    save_segmenter,
     slide_scores,
     window_places,
     window_starts,
 )
+from sptseg.models.segmenter import METHODS, build_segmenter, load_segmenter, read_segmenter_file, save_segmenter
 
 SMALL = {"image_size": 32, "num_prompts": 3}
 TEXT = F.normalize(torch.randn(5, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
@@ -156,10 +152,10 @@ def test_classes_that_win_nowhere_are_left_out_and_change_nothing(num_classes, p
     scores = merge_windows(class_scores(resize_masks(masks, (32, 40)), seen), places, sides)
     for size in (sides, (50, 40)):
         expected = resize_masks(scores, size)[0]
-        found = contenders(masks, lambda classes, all_scores=expected: all_scores[classes], seen)
+        found = candidate_classes(masks, lambda classes, all_scores=expected: all_scores[classes], seen)
         assert set(expected.argmax(0).flatten().tolist()) <= set(found.tolist())
         assert len(found) < num_classes or num_classes == 20 or present in (0, 60), "something is left out"
-        labels = best_classes(masks, places, (32, 40), sides, seen=seen, output_size=size)
+        labels = labels_from_masks(masks, places, (32, 40), sides, seen=seen, output_size=size)
         assert torch.equal(labels, expected.argmax(0))
 
 
@@ -167,7 +163,7 @@ def test_rounding_leaves_out_no_winner():
     """In bfloat16, scores have two digits."""
     masks = (torch.randn(1, 50, 6, 6, generator=torch.Generator().manual_seed(0)) - 3).bfloat16()
     scores = class_scores(resize_masks(masks, (48, 48)))[0]
-    found = contenders(masks, lambda classes: scores[classes], ())
+    found = candidate_classes(masks, lambda classes: scores[classes], ())
     assert set(scores.argmax(0).flatten().tolist()) <= set(found.tolist())
 
 
@@ -256,7 +252,7 @@ def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("sptseg.segmenter.save_file", fail)
+    monkeypatch.setattr("sptseg.models.segmenter.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save_segmenter(saved, make(), clip="tiny")
     assert saved.read_bytes() == before and [path.name for path in saved.parent.iterdir()] == ["model.safetensors"]

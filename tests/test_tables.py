@@ -10,9 +10,9 @@ import papermill
 import pytest
 import yaml
 
-from sptseg import tables
 from sptseg.core import UserError, save_json
-from sptseg.metrics import HEADLINE
+from sptseg.evaluation.metrics import HEADLINE
+from sptseg.paper import tables
 from sptseg.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,20 +14,20 @@ import torch
 import yaml
 from torch.utils.data import Dataset
 
-import sptseg.train
-from sptseg.checkpoint import checkpoints
+import sptseg.training.loop
 from sptseg.cli import main
 from sptseg.core import IGNORE, UserError
 from sptseg.data.benchmarks import Benchmark
-from sptseg.evaluate import evaluate_weights, load_parts, recipe_of_run
+from sptseg.data.label_sets import SETTINGS
+from sptseg.evaluation.evaluate import evaluate_weights, load_parts, recipe_of_run
 from sptseg.recipe import check_recipe, learning_rate, phases
-from sptseg.splits import SETTINGS
-from sptseg.train import BEST, RESULTS, WEIGHTS, BatchSampler, best_evaluation, note_on_seen_classes, train
+from sptseg.training.checkpoint import checkpoints
+from sptseg.training.loop import BEST, RESULTS, WEIGHTS, BatchSampler, best_evaluation, note_on_seen_classes, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {
-    **{"dataset": "glyphs-20", "image_size": 32, "num_prompts": 2, "decoder_layers": 2, "train_pictures": 6},
-    **{"val_pictures": 1, "iterations": 2, "batch_size": 2, "warmup_iterations": 0, "lr": 1e-3, "checkpoint_every": 1},
+    **{"dataset": "glyphs-20", "image_size": 32, "num_prompts": 2, "decoder_layers": 2, "train_images": 6},
+    **{"val_images": 1, "iterations": 2, "batch_size": 2, "warmup_iterations": 0, "lr": 1e-3, "checkpoint_every": 1},
 }
 
 
@@ -52,7 +52,7 @@ def snapshot(folder):
 
 @pytest.mark.slow
 def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path):
-    settings = ["iterations=24", "checkpoint_every=6", "eval_every=12", "batch_size=2", "val_pictures=2"]
+    settings = ["iterations=24", "checkpoint_every=6", "eval_every=12", "batch_size=2", "val_images=2"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     command = ["train", "demo/smoke", "--quiet", *settings, "--out"]
     process = subprocess.Popen(
@@ -77,7 +77,7 @@ STOPS = [("inductive", 1), ("supervised", 3), ("transductive", 1), ("transductiv
 @pytest.mark.parametrize(("setting", "stop"), STOPS)
 def test_resuming_at_any_iteration_changes_nothing(tmp_path, monkeypatch, setting, stop):
     whole = weights_of(tmp_path / "whole", iterations=4, setting=setting)
-    recording = sptseg.train.record
+    recording = sptseg.training.loop.record
 
     def interrupt(run, values):
         recording(run, values)
@@ -85,7 +85,7 @@ def test_resuming_at_any_iteration_changes_nothing(tmp_path, monkeypatch, settin
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("sptseg.train.record", interrupt)
+        patch.setattr("sptseg.training.loop.record", interrupt)
         weights_of(tmp_path / "stopped", iterations=4, setting=setting)
     assert weights_of(tmp_path / "stopped", iterations=4, setting=setting) == whole
 
@@ -110,12 +110,12 @@ def weights_with_masks(out, monkeypatch, change, **changes):
     def changed_parts(recipe):
         benchmark, *rest = load_parts(recipe)
         hidden = torch.tensor(benchmark.labels.unseen)
-        pictures = ChangedMasks(benchmark.train, lambda mask: change(mask, hidden))
+        images = ChangedMasks(benchmark.train, lambda mask: change(mask, hidden))
         assert any(torch.isin(sample.mask, hidden).any() for sample in map(benchmark.train.__getitem__, range(6)))
-        return Benchmark(benchmark.labels, pictures, benchmark.val), *rest
+        return Benchmark(benchmark.labels, images, benchmark.val), *rest
 
     with monkeypatch.context() as patch:
-        patch.setattr("sptseg.train.load_parts", changed_parts)
+        patch.setattr("sptseg.training.loop.load_parts", changed_parts)
         return weights_of(out, iterations=6, **changes)
 
 
@@ -144,13 +144,13 @@ def test_the_number_of_workers_does_not_matter(tmp_path):
 
 
 def test_deterministic_runs_use_deterministic_operations_only(tmp_path, monkeypatch):
-    used, stepping = [], sptseg.train.step
+    used, stepping = [], sptseg.training.loop.step
 
     def watch(*arguments):
         used.append(torch.are_deterministic_algorithms_enabled())
         return stepping(*arguments)
 
-    monkeypatch.setattr("sptseg.train.step", watch)
+    monkeypatch.setattr("sptseg.training.loop.step", watch)
     runs = [weights_of(tmp_path / name, deterministic=name != "plain") for name in ("plain", "one", "two")]
     assert runs[0] == runs[1] == runs[2], "on one CPU thread, the plain run is deterministic, too"
     assert used == [False, False, True, True, True, True]
@@ -158,7 +158,7 @@ def test_deterministic_runs_use_deterministic_operations_only(tmp_path, monkeypa
 
 
 def test_bfloat16_is_for_training_and_evaluations_are_in_float32(tmp_path):
-    changes = {"method": "zegclip", "val_pictures": 20, "iterations": 6}
+    changes = {"method": "zegclip", "val_images": 20, "iterations": 6}
     weights = {kind: weights_of(tmp_path / kind, mixed_precision=kind, **changes) for kind in ("no", "bf16")}
     assert weights["no"] != weights["bf16"]
     results = json.loads((tmp_path / "bf16" / RESULTS).read_text())
@@ -166,17 +166,17 @@ def test_bfloat16_is_for_training_and_evaluations_are_in_float32(tmp_path):
     assert evaluated["metrics"] == results["metrics"]
 
 
-def test_tensorboard_gets_losses_metrics_and_pictures(tmp_path):
+def test_tensorboard_gets_losses_metrics_and_images(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(tiny(eval_every=1, val_pictures=2), tmp_path, progress=False)
+    train(tiny(eval_every=1, val_images=2), tmp_path, progress=False)
     (events,) = tmp_path.rglob("events.out*")
     log = EventAccumulator(str(events)).Reload()
     assert [event.step for event in log.Scalars("train/loss")] == [1, 2]
     assert [event.step for event in log.Scalars("val/mIoU(U)")] == [1, 2]
-    pictures = [log.Images(f"image, truth, prediction/{index}") for index in range(2)]
-    assert all([image.step for image in images] == [1, 2] for images in pictures)
-    assert (pictures[0][0].width, pictures[0][0].height) == (96, 32)
+    images = [log.Images(f"image, truth, prediction/{index}") for index in range(2)]
+    assert all([image.step for image in images] == [1, 2] for images in images)
+    assert (images[0][0].width, images[0][0].height) == (96, 32)
 
 
 def test_the_seed_does_matter(tmp_path):
@@ -221,7 +221,7 @@ def test_a_folder_in_which_nothing_was_trained_takes_another_recipe(tmp_path):
 def test_a_finished_run_gives_its_results_without_training(tmp_path, monkeypatch):
     results = train(tiny(), tmp_path, progress=False)
     before = snapshot(tmp_path)
-    monkeypatch.setattr("sptseg.train.Run", None)
+    monkeypatch.setattr("sptseg.training.loop.Run", None)
     assert train(tiny(), tmp_path, progress=False) == json.loads(json.dumps(results)) and snapshot(tmp_path) == before
 
 
@@ -293,7 +293,7 @@ def test_best_evaluations_and_notes():
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_batches_visit_every_picture_once_per_epoch(processes):
+def test_batches_visit_every_image_once_per_epoch(processes):
     recipe = tiny(batch_size=8, iterations=12, seed=5)
     samplers = [BatchSampler(length=10, recipe=recipe, rank=rank, processes=processes) for rank in range(processes)]
     shares = [list(sampler) for sampler in samplers]
@@ -334,13 +334,13 @@ def test_learning_rates_of_the_protocol(iteration, expected):
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("method", ["zegclip", "zegclip+spt", "zegclip+sgd", "spt-seg"])
 def test_every_method_trains_in_every_setting(tmp_path, monkeypatch, method, setting):
-    computing, calls = sptseg.train.segmentation_loss, []
+    computing, calls = sptseg.training.loop.segmentation_loss, []
 
     def watch(masks, *rest, **options):
         calls.append(masks.shape[1])
         return computing(masks, *rest, **options)
 
-    monkeypatch.setattr("sptseg.train.segmentation_loss", watch)
+    monkeypatch.setattr("sptseg.training.loop.segmentation_loss", watch)
     results = train(tiny(method=method, setting=setting), tmp_path, progress=False)
     assert calls == {"inductive": [15, 15], "supervised": [20, 20], "transductive": [15, 20]}[setting]
     rows = results["history"]["train"]

@@ -8,11 +8,12 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from sptseg.core import IGNORE, UNSEEN, UserError
+from sptseg.data.label_sets import LabelSet, label_to_train_id
 from sptseg.data.transforms import (
     IMAGENET_MEAN,
+    EvalTransform,
     Sample,
     SegmentationData,
-    TestTransform,
     TrainTransform,
     hsv_to_rgb,
     is_varied,
@@ -25,13 +26,12 @@ from sptseg.data.transforms import (
     resize_image,
     resize_mask,
     rgb_to_hsv,
+    sample_crop_box,
     sample_generator,
     scale_and_shift,
     scale_saturation,
     shift_hue,
-    varied_box,
 )
-from sptseg.splits import LabelSet, label_lookup
 
 LABELS = LabelSet("five", ("a", "b", "c", "d", "e"), unseen=(1, 3))
 
@@ -88,7 +88,7 @@ def test_resizing_is_bilinear_interpolation_in_double_precision(size):
     assert (resize_image(image, size) - exact).abs().max() < 0.5001
 
 
-def test_a_box_of_a_resized_picture_is_the_same_as_a_crop_of_all_of_it():
+def test_a_box_of_a_resized_image_is_the_same_as_a_crop_of_all_of_it():
     image = random_sample(45, 70).image
     for index in range(40):
         generator = sample_generator(0, 0, index)
@@ -130,13 +130,15 @@ def test_varied_means_two_classes_and_none_above_three_quarters(values, varied):
 def test_the_box_after_the_tenth_failure_is_used():
     mask, generator, same = torch.zeros(50, 50, dtype=torch.uint8), sample_generator(0, 0, 5), sample_generator(0, 0, 5)
     eleven = [random_box(mask.shape, 20, same) for _ in range(11)]
-    assert varied_box(mask, 20, 0.75, generator) == eleven[-1]
+    assert sample_crop_box(mask, 20, 0.75, generator) == eleven[-1]
     assert torch.equal(generator.get_state(), same.get_state()), "exactly eleven boxes were drawn"
 
 
 def test_the_first_varied_box_is_used():
     mask = random_sample(80, 80).mask
-    assert varied_box(mask, 40, 0.75, sample_generator(0, 0, 1)) == random_box((80, 80), 40, sample_generator(0, 0, 1))
+    assert sample_crop_box(mask, 40, 0.75, sample_generator(0, 0, 1)) == random_box(
+        (80, 80), 40, sample_generator(0, 0, 1)
+    )
 
 
 def test_hsv_equals_opencv():
@@ -214,12 +216,12 @@ def test_normalising_uses_imagenet_numbers_in_rgb_order():
     )
 
 
-def test_padding_leaves_larger_pictures_alone():
+def test_padding_leaves_larger_images_alone():
     assert pad_to(torch.zeros(3, 70, 64), 64, 0.0).shape == (3, 70, 64)
 
 
 @pytest.mark.parametrize("size", [(60, 80), (20, 31), (200, 90), (64, 64)])
-def test_every_training_picture_has_the_size_of_the_crop(size):
+def test_every_training_image_has_the_size_of_the_crop(size):
     sample = random_sample(*size)
     transform = TrainTransform(crop_size=64, image_scale=(64, 256))
     for index in range(10):
@@ -227,7 +229,7 @@ def test_every_training_picture_has_the_size_of_the_crop(size):
         assert image.shape == (3, 64, 64) and mask.shape == (64, 64) and image.isfinite().all()
 
 
-def test_picture_and_mask_stay_aligned():
+def test_image_and_mask_stay_aligned():
     mask = random_sample(60, 80).mask
     image = (mask * 50).expand(3, 60, 80).contiguous()
     transform = TrainTransform(crop_size=64, image_scale=(60, 240), ratio_range=(1, 1), photometric=False)
@@ -259,16 +261,16 @@ def test_global_random_state_is_neither_used_nor_changed():
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (60, 400), (31, 31)])
-def test_test_pictures_have_an_exact_short_side_and_their_own_mask(height, width):
+def test_test_images_have_an_exact_short_side_and_their_own_mask(height, width):
     sample = random_sample(height, width)
-    image, mask = TestTransform(short_side=128)(sample.image, sample.mask)
+    image, mask = EvalTransform(short_side=128)(sample.image, sample.mask)
     assert min(image.shape[1:]) == 128 and mask is sample.mask
     assert max(image.shape[1:]) == int(max(height, width) * 128 / min(height, width) + 0.5)
 
 
 def make_data(samples, setting="inductive"):
     transform = TrainTransform(crop_size=32, image_scale=(48, 192))
-    return SegmentationData(samples, lookup=label_lookup(LABELS, setting), transform=transform)
+    return SegmentationData(samples, lookup=label_to_train_id(LABELS, setting), transform=transform)
 
 
 @pytest.mark.parametrize("setting", ["inductive", "transductive"])
