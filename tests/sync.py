@@ -7,6 +7,7 @@ Both clean the notebooks, export them and render README.md in a temporary copy o
 so a check changes nothing, and works the same amid uncommitted work and in a fresh clone.
 """
 
+import json
 import posixpath
 import re
 import shutil
@@ -43,6 +44,44 @@ def move_links(markdown: str, folder: str = "nbs") -> str:
     return "".join(pieces)
 
 
+def notebook_map(root: Path) -> str:
+    """The component notebooks as a Markdown table: a row per folder of the package, titles as links."""
+    rows: dict[str, list[str]] = {}
+    for path in sorted(root.glob("nbs/[0-9]*.ipynb")):
+        title = json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"][0].strip("# \n")
+        folder = path.stem.split("_", 1)[1].rpartition(".")[0]
+        rows.setdefault(f"`sptseg/{folder}`" if folder else "`sptseg`", []).append(f"[{title}]({path.name})")
+    return "\n".join(
+        ["| Folder | Notebooks |", "|---|---|", *(f"| {name} | {', '.join(x)} |" for name, x in rows.items())]
+    )
+
+
+def demo_results(root: Path) -> str:
+    """The table of the demo, from its record."""
+    from sptseg.paper.reporting import demo_table
+
+    return demo_table(json.loads((root / "data/results/demo/demo.json").read_text(encoding="utf-8")))
+
+
+GENERATORS = {"notebooks": notebook_map, "results": demo_results}
+
+
+def fill_marked(text: str, root: Path) -> str:
+    """Replace the text between each `<!-- generated: NAME -->` and `<!-- end -->`."""
+    marked = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
+    return marked.sub(lambda m: f"{m[1]}\n{GENERATORS[m[2]](root)}\n\n{m[3]}", text)
+
+
+def fill_index(root: Path) -> None:
+    """Bring the generated parts of nbs/index.ipynb up to date."""
+    path = root / "nbs/index.ipynb"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for cell in content["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = fill_marked("".join(cell["source"]), root).splitlines(keepends=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def render_readme(notebook: Path) -> str:
     """nbs/index.ipynb as Markdown, without its hidden cells."""
     import nbformat
@@ -57,7 +96,8 @@ def render_readme(notebook: Path) -> str:
     body, resources = MarkdownExporter(config=Config(hidden)).from_notebook_node(content)
     if resources["outputs"]:
         sys.exit("nbs/index.ipynb: it draws an image; save it under figures/ and link to it, as README.md must")
-    return re.sub(r"\n{3,}", "\n\n", move_links(body)).strip() + "\n"
+    body = re.sub(r"<!--.*?-->\n?", "", move_links(body))
+    return re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
 
 
 def regenerate(root: Path) -> None:
@@ -70,6 +110,7 @@ def regenerate(root: Path) -> None:
         done = subprocess.run([str(program)], cwd=root, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{command} failed:\n{done.stdout}{done.stderr}")
+    fill_index(root)
     (root / "README.md").write_text(render_readme(root / "nbs/index.ipynb"), encoding="utf-8")
 
 

@@ -1,5 +1,7 @@
+import re
 import shutil
 import subprocess
+import sys
 
 import nbformat
 import pytest
@@ -62,3 +64,26 @@ def test_readme_links_lead_somewhere():
     text = (sync.ROOT / "README.md").read_text(encoding="utf-8")
     targets = [match[2].split("#")[0] for match in sync.LINK.finditer(text)]
     assert [target for target in targets if not (sync.ROOT / target).exists()] == []
+
+
+def test_generated_parts_of_the_index_are_replaced(tmp_path):
+    (tmp_path / "nbs").mkdir()
+    for stem, title in (("01_core", "Core"), ("31_models.prompts", "Prompts"), ("32_models.encoder", "Encoder")):
+        cells = [nbformat.v4.new_markdown_cell(f"# {title}\n\n> More.")]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"nbs/{stem}.ipynb")
+    filled = sync.fill_marked("<!-- generated: notebooks -->\nstale\n<!-- end -->\nrest", tmp_path)
+    assert "stale" not in filled and filled.endswith("<!-- end -->\nrest")
+    assert "| `sptseg` | [Core](01_core.ipynb) |" in filled
+    assert "| `sptseg/models` | [Prompts](31_models.prompts.ipynb), [Encoder](32_models.encoder.ipynb) |" in filled
+    assert sync.fill_marked(filled, tmp_path) == filled
+
+
+def test_readme_is_short():
+    assert len((sync.ROOT / "README.md").read_text(encoding="utf-8").split()) < 1200
+
+
+def test_the_python_block_of_the_readme_runs_as_it_stands(tmp_path):
+    [block] = re.findall(r"^```python\n(.*?)^```", (sync.ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "labels.png").stat().st_size > 10_000
