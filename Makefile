@@ -1,6 +1,6 @@
 # Every command of the project in one word; `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help install demo tables table1 table2 table3 table4 losses options efficiency figures dry test lab wheel export check lint format hooks clean
+.PHONY: help install demo tables table1 table2 table3 table4 losses options efficiency figures dry test docs lab wheel lock export check lint format hooks clean
 
 # An active environment is used as it is (conda's base is left alone); otherwise .venv is made here.
 PYTHON ?= python3
@@ -107,13 +107,23 @@ test: $(STAMP) ## check that all is in sync and formatted, run every notebook an
 	@echo "== 4/4 pytest"
 	@$(PY) -m pytest -q
 
+docs: $(STAMP) ## build the documentation site in _site/ and check its links
+	@$(PY) -c 'import mkdocs, material, latex2mathml' 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	@echo "site: _site/index.html; its search needs a server: $(PY) -m http.server --directory _site"
+
 lab: $(STAMP) ## open JupyterLab on the notebooks
+	@echo "make hooks, once, keeps git clean of outputs that change with every run"
 	jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs $(if $(filter 0,$(shell id -u)),--allow-root)
 
 wheel: $(STAMP) ## build wheel and source archive into dist/
 	@rm -rf build
 	$(PY) -m build
 	@rm -rf build
+
+lock: ## pin new requirements in requirements.lock, which keeps its versions (needs uv)
+	uv pip compile pyproject.toml --extra notebooks --extra batch --python-version 3.11.7 --python-platform linux --quiet \
+		--generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock" --output-file requirements.lock
 
 export: $(STAMP) ## clean the notebooks, export the library and the README from them
 	@$(PY) tests/sync.py export
@@ -130,6 +140,8 @@ format: $(STAMP) ## ruff's fixes and formatting of notebooks and tests
 	ruff format nbs tests
 
 hooks: $(STAMP) ## git and Jupyter hooks: clean on save, merge notebooks, check before each commit
+	@echo "changes in this checkout: .git/config, .git/hooks, .gitconfig"
+	@echo "changes in your account: $$HOME/.jupyter/jupyter_{server,notebook}_config.py, which clean the notebooks of every nbdev project when saved"
 	nbdev_install_hooks
 	pre-commit install
 

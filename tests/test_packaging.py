@@ -1,6 +1,9 @@
 """What the files around the library promise: one set of requirements, documented commands, a wheel that is complete."""
 
 import ast
+import html
+import importlib.util
+import json
 import os
 import re
 import shlex
@@ -97,6 +100,106 @@ def test_settings_agree_with_the_package():
     assert f'__version__ = "{settings["version"]}"' in (ROOT / "sptseg/__init__.py").read_text()
     assert f'description = "{settings["description"]}"' in text
     assert f'requires-python = ">={settings["min_python"]},' in text
+
+
+def test_citation_names_the_version_and_both_papers():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert f'__version__ = "{citation["version"]}"' in (ROOT / "sptseg/__init__.py").read_text()
+    assert f'license = "{citation["license"]}"' in (ROOT / "pyproject.toml").read_text()
+    papers = [one["value"] for paper in citation["references"] for one in paper["identifiers"]]
+    assert papers == ["arXiv:2312.12754", "arXiv:2212.03588"]
+    assert all(author["family-names"] for paper in citation["references"] for author in paper["authors"])
+
+
+def locked():
+    """{name: version} of requirements.lock."""
+    pins = re.findall(r"^(\S+)==(\S+)(.*)$", (ROOT / "requirements.lock").read_text(), re.M)
+    assert all(rest == " \\" for _, _, rest in pins), "a pin has no hash"
+    return {canonicalize_name(name): version for name, version, _ in pins}
+
+
+def test_lock_file_satisfies_the_requirements():
+    pins, (runtime, extras) = locked(), project_requirements()
+    for text in runtime + extras["notebooks"] + extras["batch"]:
+        wanted = Requirement(text)
+        version = pins.get(canonicalize_name(wanted.name))
+        assert version and wanted.specifier.contains(version), f"requirements.lock lacks {text}; run `make lock`"
+    assert "://" not in (ROOT / "requirements.lock").read_text()
+
+
+def test_lock_file_has_the_versions_of_the_records():
+    """Runs of the tables were all made with one set of versions."""
+    pins = locked()
+    for path in ROOT.glob("data/results/table*/**/seed*.json"):
+        versions = json.loads(path.read_text())["versions"]
+        found = {name: pins[canonicalize_name(name)] for name in versions if name != "sptseg"}
+        assert found == {name: version for name, version in versions.items() if name != "sptseg"}, path
+
+
+def make_targets():
+    return set(re.findall(r"^([a-z0-9]+):.*##", (ROOT / "Makefile").read_text(), re.M))
+
+
+def test_containers_run_targets_of_the_makefile():
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    devcontainer = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text())
+    command = json.loads(re.search(r"^CMD (.*)$", dockerfile, re.M)[1])
+    run_lines = re.findall(r"^RUN make (\w+)$", dockerfile, re.M)
+    started = [devcontainer[key].split() for key in ("updateContentCommand", "postCreateCommand")]
+    assert command == ["make", "demo"] and run_lines == ["install"]
+    assert all(make == "make" and target in make_targets() for make, target in started)
+    assert (ROOT / ".devcontainer" / devcontainer["build"]["dockerfile"]).resolve() == ROOT / "Dockerfile"
+
+
+def test_copied_files_of_the_dockerfile_exist():
+    copied = re.findall(r"^COPY --chown=\w+ (\S+) ", (ROOT / "Dockerfile").read_text(), re.M)
+    assert copied and all((ROOT / name).exists() for name in copied)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github/workflows").glob("*.yml")), ids=lambda path: path.name)
+def test_workflow_runs_what_exists(path):
+    workflow = yaml.safe_load(path.read_text())
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    assert all(("uses" in step) != ("run" in step) for step in steps)
+    commands = " ".join(step.get("run", "") for step in steps)
+    assert set(re.findall(r"\bmake (\w+)", commands)) <= make_targets()
+    assert all((ROOT / name).is_file() for name in re.findall(r"nbs/\S+\.ipynb", commands))
+    assert "://" not in path.read_text()
+
+
+@pytest.fixture(scope="module")
+def site():
+    """The functions that collect the pages of the documentation site."""
+    for name in ("mkdocs", "latex2mathml"):
+        pytest.importorskip(name, reason="installed by make docs")
+    spec = importlib.util.spec_from_file_location("site_hook", ROOT / "nbs/_mkdocs/hook.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_site_shows_every_notebook_once(site):
+    paths = site.notebooks()
+    nav = site.navigation(paths, [])
+    pages = [page for entry in nav for page in (next(iter(entry.values())) if isinstance(entry, dict) else [entry])]
+    expected = {path.relative_to(ROOT).with_suffix(".md").as_posix() for path in ROOT.glob("nbs/**/*.ipynb")}
+    hidden = {name for name in expected if re.search(r"/[._]", name)} | {"nbs/index.md"}
+    assert pages[0] == "README.md" and sorted(pages[1:]) == sorted(expected - hidden)
+    assert site.section(Path("nbs/80_data.voc.ipynb")) == "Data" and site.section(Path("nbs/01_core.ipynb")) == ""
+
+
+def test_site_links_notebooks_to_pages(site):
+    text, linked = site.relink(
+        "[a](index.ipynb#x) [b](runs/demo.ipynb) [c](../LICENSE) [d](https://a.org/b.ipynb)", "nbs/z.md"
+    )
+    assert text == "[a](../README.md#x) [b](runs/demo.md) [c](../LICENSE) [d](https://a.org/b.ipynb)"
+    assert linked == {"nbs/index.ipynb", "nbs/runs/demo.ipynb", "LICENSE"}
+
+
+def test_site_draws_formulas_without_a_script(site):
+    drawn = site.on_page_content(r'<span class="arithmatex">\(\mathbf{S} \in \mathcal F &lt; 1\)</span>')
+    drawn = html.unescape(drawn)
+    assert drawn.startswith("<math") and "𝐒" in drawn and "ℱ" in drawn and "mathvariant" not in drawn
 
 
 @pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="checks the environment that make install made")
