@@ -99,9 +99,10 @@ dry: $(STAMP) ## what `make tables` would run, or another target: make dry TARGE
 test: $(STAMP) ## check that all is in sync and formatted, run every notebook and every test
 	@echo "== 1/4 notebooks are clean; library and README are in sync with them"
 	@$(PY) tests/sync.py check
-	@echo "== 2/4 ruff on notebooks and tests"
+	@echo "== 2/4 ruff on notebooks and tests; imports follow the layers"
 	@ruff check nbs tests
 	@ruff format --check nbs tests
+	@lint-imports --no-cache --no-logo
 	@echo "== 3/4 every notebook runs (nbdev_test)"
 	@OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --timing
 	@echo "== 4/4 pytest"
