@@ -61,6 +61,9 @@ def refusal(capsys, *arguments):
 BAD_SETTINGS = {  # what is wrong: (settings, what the line must say)
     "unknown key": (["learning_rate=1"], ["learning_rate", "row.yaml"]),
     "misspelt key": (["iteration=1"], ["'iteration'", "did you mean 'iterations'?"]),
+    "an old key of training images": (["train_pictures=4"], ["'train_pictures'", "it is now 'train_images'"]),
+    "an old key of test images": (["val_pictures=4"], ["'val_pictures'", "it is now 'val_images'"]),
+    "the old key of micro-batches": (["micro_batches=2"], ["'micro_batches'", "'gradient_accumulation_steps'"]),
     "a key that is a word of the program": (["name=x"], ["'name'"]),
     "wrong type": (["batch_size=many"], ["batch_size", "'many'"]),
     "wrong type in a list": (["ratio_range=[1, wide]"], ["ratio_range.1", "'wide'"]),
