@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from ..core import IGNORE, save_json, write_atomically
 from ..data.glyphs import GROUND_NAMES, THING_NAMES, WORDINGS, GlyphScenes, caption, captioned_scene, scene_rng
 from ..data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from ..evaluation.metrics import class_iou, pixel_accuracy
 from ..models.encoder import embed_patches
 
 # %% ../../nbs/65_training.pretrain.ipynb #eb2ca665
@@ -298,16 +299,15 @@ def dense_accuracy(
     unseen: Sequence[int],  # ids of the unseen classes
 ) -> dict[str, float]:  # "pAcc", "mIoU(S)", "mIoU(U)", 0..100
     """Pixel accuracy, and mean IoU over seen and unseen classes."""
-    hits = confusion.diag().double()
-    iou = hits / (confusion.sum(0) + confusion.sum(1) - hits)
+    iou = class_iou(confusion)
     is_unseen = torch.zeros(len(iou), dtype=torch.bool)
     is_unseen[list(unseen)] = True
     values = {
-        "pAcc": hits.sum() / confusion.sum(),
-        "mIoU(S)": iou[~is_unseen].nanmean(),
-        "mIoU(U)": iou[is_unseen].nanmean(),
+        "pAcc": pixel_accuracy(confusion),
+        "mIoU(S)": iou[~is_unseen].nanmean().item(),
+        "mIoU(U)": iou[is_unseen].nanmean().item(),
     }
-    return {name: round(100 * value.item(), 2) for name, value in values.items()}
+    return {name: round(100 * value, 2) for name, value in values.items()}
 
 # %% ../../nbs/65_training.pretrain.ipynb #b417bb08
 @torch.no_grad()
