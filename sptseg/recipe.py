@@ -63,9 +63,11 @@ class Recipe(BaseModel):
     gradient_checkpointing: bool = False  # recompute CLIP's blocks in the backward pass: less memory
     deterministic: bool = False  # use deterministic operations only, also on a GPU
     # bookkeeping
+    tracker: Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "none"] = "tensorboard"
     eval_every: PositiveInt = 2000  # iterations between evaluations
     checkpoint_every: PositiveInt = 2000  # iterations between checkpoints
-    keep_checkpoints: PositiveInt = 2  # number of checkpoints that an unfinished run keeps
+    keep_checkpoints: PositiveInt = 2  # number of checkpoints to keep
+    keep_final_checkpoints: bool = False  # whether a finished run keeps its checkpoints
     best_by: Literal["hIoU", "mIoU", "mIoU(S)", "mIoU(U)", "pAcc"] = "hIoU"  # metric that ranks evaluations
 
     def segmenter_config(self) -> SegmenterConfig:  # the model's settings, with the choices of the method filled in
@@ -84,7 +86,7 @@ class Recipe(BaseModel):
 # keys that do not affect the result: they may change when a run is resumed
 RUNTIME_KEYS = (
     *("data_root", "workers", "n_proc", "gradient_accumulation_steps", "gradient_checkpointing", "deterministic"),
-    "keep_checkpoints",
+    *("keep_checkpoints", "keep_final_checkpoints", "tracker"),
 )
 
 # %% ../nbs/40_recipe.ipynb #5988f4e8

@@ -36,14 +36,14 @@ def save_checkpoint(
     out: Path,  # folder of the run
     iteration: int,  # iterations done
     tensors: dict[str, Tensor],  # the trained ones, by name
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     history: dict,  # "train" and "val" records
     keep: int,  # so many checkpoints stay
 ) -> None:
     """Write the state of a run; weights that are not finite, or a full disk, raise `UserError` and change nothing."""
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise UserError(f"iteration {iteration}: weights are not finite; lower lr; earlier files in {out} are kept")
-    state = {"iteration": iteration, "model": tensors, "optimiser": optimiser.state_dict(), "history": history}
+    state = {"iteration": iteration, "model": tensors, "optimiser": optimizer.state_dict(), "history": history}
     path = checkpoint_path(out, iteration)
     try:
         write_atomically(path, lambda temporary: torch.save(state, temporary))
@@ -57,13 +57,13 @@ def save_checkpoint(
 def read_checkpoint(
     path: Path,
     model: torch.nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
 ) -> tuple[int, dict]:  # iterations done and history
-    """Restore model and optimiser from one file; a damaged one raises `UserError`."""
+    """Restore model and optimizer from one file; a damaged one raises `UserError`."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"], strict=False)
-        optimiser.load_state_dict(state["optimiser"])
+        optimizer.load_state_dict(state["optimiser"])
         return state["iteration"], state["history"]
     except (RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
         problem = shorten(f"{type(error).__name__}: {error}", 100)
@@ -73,13 +73,13 @@ def read_checkpoint(
 def load_checkpoint(
     out: Path,  # folder of the run
     model: torch.nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
 ) -> tuple[int, dict]:  # iterations done and history; (0, empty) without a checkpoint
     """Continue from the newest readable checkpoint; if all are damaged, `UserError`."""
     problems = []
     for path in checkpoints(out):
         try:
-            found = read_checkpoint(path, model, optimiser)
+            found = read_checkpoint(path, model, optimizer)
         except UserError as error:
             problems.append(error)
             continue

@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from ..core import UserError
+from ..core import UserError, use_bar_lines
 
 # %% ../../nbs/64_training.launch.ipynb #55160ee4
 def in_group() -> bool:
@@ -49,6 +49,7 @@ def end_with_parent() -> None:
 
 def enter(function: Callable, arguments: tuple, threads: int) -> Any:  # what each process runs
     end_with_parent()
+    use_bar_lines()
     os.environ["OMP_NUM_THREADS"] = str(threads)  # what accelerate goes by
     torch.set_num_threads(threads)
     return function(*arguments)
