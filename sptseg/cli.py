@@ -249,9 +249,7 @@ def make_parser() -> argparse.ArgumentParser:
     about = describe("zero-shot semantic segmentation with SPT-SEG and ZegCLIP", "recipes", "train demo/spt-seg")
     parser = argparse.ArgumentParser(prog="sptseg", **{key: about[key] for key in about if key != "help"})
     parser.add_argument("--version", action="version", version=f"sptseg {sptseg.__version__}")
-    shtab.add_argument_to(
-        parser, "--print-completion", help='completion for a shell: eval "$(… --print-completion bash)"'
-    )
+    shtab.add_argument_to(parser, "--print-completion", help="print a completion script for this shell")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_run_commands(commands)
     add_data_commands(commands)
