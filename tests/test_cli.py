@@ -14,7 +14,9 @@ import yaml
 from open_clip.transformer import VisionTransformer
 from torch.utils.data import Dataset
 
+import sptseg
 from sptseg.cli import main, make_parser, parse_arguments
+from sptseg.core import BarLines
 from sptseg.data.benchmarks import BENCHMARKS, Benchmark
 from sptseg.data.label_sets import LabelSet, load_label_set
 from sptseg.data.transforms import Sample
@@ -61,6 +63,9 @@ def refusal(capsys, *arguments):
 BAD_SETTINGS = {  # what is wrong: (settings, what the line must say)
     "unknown key": (["learning_rate=1"], ["learning_rate", "row.yaml"]),
     "misspelt key": (["iteration=1"], ["'iteration'", "did you mean 'iterations'?"]),
+    "an old key of training images": (["train_pictures=4"], ["'train_pictures'", "it is now 'train_images'"]),
+    "an old key of test images": (["val_pictures=4"], ["'val_pictures'", "it is now 'val_images'"]),
+    "the old key of micro-batches": (["micro_batches=2"], ["'micro_batches'", "'gradient_accumulation_steps'"]),
     "a key that is a word of the program": (["name=x"], ["'name'"]),
     "wrong type": (["batch_size=many"], ["batch_size", "'many'"]),
     "wrong type in a list": (["ratio_range=[1, wide]"], ["ratio_range.1", "'wide'"]),
@@ -326,3 +331,34 @@ def test_a_process_shows_one_line_and_no_traceback(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 1 and not done.stdout
     assert done.stderr.startswith("sptseg: spectral_blocks: '2-1'") and len(done.stderr.splitlines()) == 1
+
+
+def test_version_and_recipes(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0 and capsys.readouterr().out == f"sptseg {sptseg.__version__}\n"
+    assert main(["recipes"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert "two cores" in lines["demo/spt-seg"] and "table1/voc/spt-seg" in lines and "demo/demo" not in lines
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {("check-reference",)}), ids=" ".join)
+def test_help_has_a_description_and_examples(command, capsys):
+    parser = COMMANDS[command]
+    assert parser.description and "  sptseg " in (parser.epilog or "")
+    for line in parser.epilog.splitlines()[1:]:
+        parse_arguments(line.split()[1:])
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_the_commands(shell, capsys):
+    with pytest.raises(SystemExit):
+        main(["--print-completion", shell])
+    script = capsys.readouterr().out
+    assert all(command[-1] in script for command in COMMANDS)
+
+
+def test_bars_write_lines_where_stderr_is_no_terminal(row, capsys):
+    assert main(["train", str(row), "--out", "run"]) == 0
+    shown = capsys.readouterr().err
+    assert "\r" not in shown and "2/2" in shown and not isinstance(sys.stderr, BarLines)

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import sptseg.training.losses
+import sptseg.training.fused_losses
+import sptseg.training.mask_losses
 from sptseg.core import IGNORE, UNSEEN, UserError
 from sptseg.training.fused_losses import Blur, Focal, NegativeSSIM, Similarity, apply_separable, fused_losses, make_axis
 from sptseg.training.losses import pseudo_label, segmentation_loss
 from sptseg.training.mask_losses import (
-    count_masks,
     dense_losses,
     dice_loss,
     focal_loss,
@@ -84,7 +84,7 @@ def test_dice_loss_equals_a_loop_over_present_classes():
             total += 1 - (2 * (p * target).sum() + 1) / (p.sum() + target.sum() + 1)
             masks += 1
     target = one_hot_target(label, 4)
-    assert count_masks(target).item() == masks == 6
+    assert present_classes(label, 4).sum() == masks == 6
     assert math.isclose(dice_loss(logits, target, masks).item(), total / masks, rel_tol=1e-5)
 
 
@@ -149,7 +149,7 @@ def test_two_half_batches_with_the_mean_number_of_masks_make_the_whole(auxiliary
     whole = segmentation_loss(leaf, label, auxiliary=auxiliary)
     whole["loss"].backward()
     halves = [(logits[part].clone().requires_grad_(), label[part]) for part in (slice(0, 2), slice(2, 4))]
-    share = torch.stack([count_masks(one_hot_target(truth, 4)) for _, truth in halves]).mean()
+    share = torch.stack([present_classes(truth, 4).sum().float() for _, truth in halves]).mean()
     terms = [segmentation_loss(x, truth, auxiliary=auxiliary, num_masks=share) for x, truth in halves]
     for term in terms:
         term["loss"].backward()
@@ -216,8 +216,10 @@ def ssim_loss_in_float64(prediction, target):
 def test_split_losses_equal_whole_ones(seed, auxiliary, dtype, tolerance, monkeypatch):
     monkeypatch.setitem(sptseg.training.fused_losses.PIXELS, "cpu", 5000)  # several maps at a time, several times
     if dtype == torch.float64:
-        monkeypatch.setattr(sptseg.training.losses, "ssim_loss", ssim_loss_in_float64)
-        monkeypatch.setattr(sptseg.training.losses, "one_hot_target", lambda *given: one_hot_target(*given).double())
+        monkeypatch.setattr(sptseg.training.mask_losses, "ssim_loss", ssim_loss_in_float64)
+        monkeypatch.setattr(
+            sptseg.training.mask_losses, "one_hot_target", lambda *given: one_hot_target(*given).double()
+        )
     masks, label = small_masks(seed, dtype=dtype)
     whole, expected = losses_and_gradients(dense_losses, masks, label, auxiliary)
     split, found = losses_and_gradients(fused_losses, masks, label, auxiliary)
@@ -326,7 +328,7 @@ def test_present_classes_are_those_with_a_pixel():
         _, label = small_masks(seed)
         target = one_hot_target(label, 6)
         assert torch.equal(present_classes(label, 6), target.amax((2, 3)) > 0)
-        assert torch.equal(present_classes(label.to(torch.uint8), 6).sum().float(), count_masks(target))
+        assert torch.equal(present_classes(label.to(torch.uint8), 6).sum().float(), target.amax((2, 3)).sum())
     with pytest.raises(UserError, match="label 5 .*0..4"):
         present_classes(torch.full((1, 2, 2), 5), 5)
 

@@ -79,11 +79,6 @@ def test_counting_in_parts_in_any_order_equals_counting_at_once():
     for index in (3, 0, 4, 2, 1):
         parts.update(prediction[index], label[index].to(torch.uint8))
     assert parts.compute() == measured(TOY, prediction, label)
-    left, right = SegmentationMetrics(TOY), SegmentationMetrics(TOY)
-    left.update(prediction[:2], label[:2])
-    right.update(prediction[2:], label[2:])
-    left.merge(right)
-    assert left.compute() == measured(TOY, prediction, label)
 
 
 def test_ignored_pixels_do_not_count_whatever_is_predicted_there():

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {
     **{"dataset": "glyphs-20", "image_size": 32, "num_prompts": 2, "decoder_layers": 2, "train_images": 6},
     **{"val_images": 1, "iterations": 2, "batch_size": 2, "warmup_iterations": 0, "lr": 1e-3, "checkpoint_every": 1},
+    "keep_final_checkpoints": True,
 }
 
 
@@ -169,14 +170,35 @@ def test_bfloat16_is_for_training_and_evaluations_are_in_float32(tmp_path):
 def test_tensorboard_gets_losses_metrics_and_images(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(tiny(eval_every=1, val_images=2), tmp_path, progress=False)
-    (events,) = tmp_path.rglob("events.out*")
+    results = train(tiny(eval_every=1, val_images=2), tmp_path, progress=False)
+    (events,) = (tmp_path / "tensorboard").glob("events.out*")
     log = EventAccumulator(str(events)).Reload()
-    assert [event.step for event in log.Scalars("train/loss")] == [1, 2]
-    assert [event.step for event in log.Scalars("val/mIoU(U)")] == [1, 2]
-    images = [log.Images(f"image, truth, prediction/{index}") for index in range(2)]
-    assert all([image.step for image in images] == [1, 2] for images in images)
-    assert (images[0][0].width, images[0][0].height) == (96, 32)
+    names = ["train/loss", "train/learning rate", "speed/images per second", "speed/memory in GB", "val/mIoU(U)"]
+    assert all([event.step for event in log.Scalars(name)] == [1, 2] for name in names)
+    assert [event.value for event in log.Scalars("train/learning rate")] == pytest.approx(
+        [learning_rate(tiny(), step) for step in range(2)]
+    )
+    per_class = {name for name in log.Tags()["scalars"] if name.startswith("val IoU/")}
+    assert {f"val IoU/{name}" for name, value in results["metrics"]["IoU"].items() if value is not None} <= per_class
+    images = log.Images("images")
+    assert [image.step for image in images] == [1, 2] and images[0].width > images[0].height > 100
+    (settings,) = tmp_path.rglob("hparams.yml")
+    assert yaml.safe_load(settings.read_text())["image_size"] == 32
+
+
+def test_other_trackers(tmp_path, monkeypatch):
+    train(tiny(tracker="none"), tmp_path / "none", progress=False)
+    assert not (tmp_path / "none/tensorboard").exists()
+    monkeypatch.setattr("sptseg.training.loop.get_available_trackers", list)
+    with pytest.raises(UserError, match="tracker: wandb is not installed"):
+        train(tiny(tracker="wandb"), tmp_path / "wandb", progress=False)
+
+
+def test_a_finished_run_keeps_no_checkpoints_unless_told(tmp_path):
+    results = train(tiny(keep_final_checkpoints=False), tmp_path, progress=False)
+    assert not checkpoints(tmp_path) and (tmp_path / WEIGHTS).exists()
+    again = train(tiny(tracker="none", keep_final_checkpoints=True), tmp_path, progress=False)
+    assert again == json.loads(json.dumps(results)), "a finished run gives its results"
 
 
 def test_the_seed_does_matter(tmp_path):

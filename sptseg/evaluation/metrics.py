@@ -47,7 +47,7 @@ def harmonic_mean(
 # %% ../../nbs/50_evaluation.metrics.ipynb #f24a5874
 @dataclass(frozen=True)
 class Scores:
-    "Results over a test set, in percent; NaN where a mean has no class, None where a number makes no sense."
+    "Metrics over a test set, in percent; NaN: a mean over no class; None: not available."
 
     pAcc: float  # pixel accuracy over all classes
     miou: float  # mean IoU over all classes
@@ -112,7 +112,7 @@ def check_ids(
 # %% ../../nbs/50_evaluation.metrics.ipynb #49a7782c
 @contextmanager
 def counting_as_usual() -> Iterator[None]:
-    "Allow operations that add in any order."
+    "Temporarily allow nondeterministic operations."
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
     try:
@@ -122,7 +122,7 @@ def counting_as_usual() -> Iterator[None]:
 
 
 class SegmentationMetrics:
-    "Collects counts over a test set and computes `Scores`."
+    "Accumulates counts over a test set and computes `Scores`."
 
     def __init__(
         self,
@@ -145,13 +145,6 @@ class SegmentationMetrics:
         check_ids(prediction, len(self.label_set.classes), "prediction")
         with counting_as_usual():
             self.confusion.to(label.device).update(prediction, label)
-
-    def merge(
-        self,
-        other: "SegmentationMetrics",  # counts of other images, same classes
-    ) -> None:
-        "Add the counts of another part of the test set."
-        self.confusion.merge_state(other.confusion.to(self.confusion.device))
 
     def compute(self) -> Scores:  # over everything counted so far, by all processes
         "The results."
