@@ -104,7 +104,7 @@ class SpectralPrompt(nn.Module):
         grid: tuple[int, int],  # (h, w) of `patches`
     ) -> Tensor:  # S, (B, N, D), computed in float32 whatever the precision around it
         with torch.autocast(patches.device.type, enabled=False):
-            maps = (patches * cls[:, None]).float().unflatten(1, grid)
-            frequencies = torch.fft.rfft2(maps, dim=(1, 2)) * self.spectrum(grid)
+            feature_map = (patches * cls[:, None]).float().unflatten(1, grid)
+            frequencies = torch.fft.rfft2(feature_map, dim=(1, 2)) * self.spectrum(grid)
             filtered = torch.fft.irfft2(frequencies, s=grid, dim=(1, 2))
         return filtered.flatten(1, 2).to(patches.dtype)

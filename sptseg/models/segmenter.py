@@ -8,6 +8,7 @@ __all__ = ['METHODS', 'SegmenterConfig', 'Segmenter', 'build_segmenter', 'save_s
 
 # %% ../../nbs/35_models.segmenter.ipynb #5f36057f
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import UserError, write_atomically
-from .decoder import Decoder
+from .decoder import Decoder, current_names
 from .encoder import PromptedEncoder, parse_blocks
 from .prompts import DeepPrompts, SpectralPrompt
 
@@ -67,6 +68,9 @@ class Segmenter(nn.Module):
         text: Tensor,  # (C, d) class embeddings of length 1
     ) -> Tensor:  # (B, C, h, w) mask logits on the patch grid
         return self.decoder(*self.encoder(images), text)
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *arguments, **options):  # as in PyTorch, plus old names
+        return super().load_state_dict(current_names(state_dict), *arguments, **options)
 
     def trained_tensors(self) -> dict[str, Tensor]:  # by name: all that learns; CLIP's own weights are not among them
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -134,7 +138,11 @@ def read_segmenter_file(
         raise UserError(f"{path}: not written by sptseg; the authors' checkpoints are read by `sptseg convert`")
     try:
         notes = json.loads(metadata["sptseg"])
-        return SegmenterConfig.model_validate(notes.pop("config")), {"clip": notes["clip"], **notes}, tensors
+        return (
+            SegmenterConfig.model_validate(notes.pop("config")),
+            {"clip": notes["clip"], **notes},
+            current_names(tensors),
+        )
     except (ValueError, LookupError, AttributeError) as error:  # pydantic's errors are ValueErrors
         problem = " ".join(str(error).split())
         raise UserError(f"{path}: its configuration cannot be read ({problem}); use the sptseg that wrote it") from None
