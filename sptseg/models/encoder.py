@@ -23,7 +23,7 @@ from .prompts import DeepPrompts, SpectralPrompt
 # %% ../../nbs/32_models.encoder.ipynb #3fe9f683
 def parse_blocks(
     text: str,  # for instance "1-2", "11-12", "3", or "" for none
-    num_blocks: int,  # how many blocks the encoder has
+    num_blocks: int,  # number of blocks of the encoder
 ) -> tuple[int, ...]:  # block numbers, counted from 1
     """Read a range of blocks; an impossible range raises `UserError`."""
     if not text:
@@ -32,7 +32,7 @@ def parse_blocks(
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= first <= last <= num_blocks:
         raise UserError(
-            f"spectral_blocks: {text!r} is no range of blocks within 1-{num_blocks}; write for instance '1-2'"
+            f"spectral_blocks: {text!r} is not a range of blocks within 1-{num_blocks}; write for instance '1-2'"
         )
     return tuple(range(first, last + 1))
 
@@ -40,10 +40,10 @@ def parse_blocks(
 def embed_patches(
     visual: VisionTransformer,  # CLIP's image encoder
     images: Tensor,  # (B, 3, H, W), normalised; H and W multiples of the patch size
-    class_embedding_count: int = 2,  # how often the class embedding enters token 0: 2 in the releases, 1 in CLIP
+    class_embedding_count: int = 2,  # times the class embedding is added to token 0: 2 in the releases, 1 in CLIP
 ) -> Tensor:  # (B, 1 + h·w, D): cls token, then patch tokens in row order
-    """Patches, position embeddings and `ln_pre`: the input of the first block, before any prompt."""
-    feature_map = visual.conv1(images.contiguous(memory_format=torch.channels_last))  # gives tokens in a row
+    """Embed patches, add position embeddings and apply `ln_pre`: the input of the first block, without prompts."""
+    feature_map = visual.conv1(images.contiguous(memory_format=torch.channels_last))  # channels last: flattening needs no copy
     position = interpolate_position_embedding(visual.positional_embedding, feature_map.shape[-2:])
     cls = (class_embedding_count * visual.class_embedding + position[0]).expand(len(images), 1, -1)
     return visual.ln_pre(torch.cat([cls, feature_map.flatten(2).mT + position[1:]], 1))
@@ -69,10 +69,10 @@ QUICKGELU_SLOPE = 1.702  # of QuickGELU
 def scaled_linear(
     linear: nn.Linear,  # weight W and bias b
     tokens: Tensor,  # x, (B, n, D)
-    scale: float,  # of the product
-    bias_scale: float = 1.0,
+    scale: float,  # factor of the matmul
+    bias_scale: float = 1.0,  # factor of the bias
 ) -> Tensor:  # (B, n, D'): scale · x Wᵀ + bias_scale · b
-    """A linear layer and scales in one matrix product."""
+    """Apply a linear layer with scaled weight and bias in one matmul."""
     flat = torch.addmm(linear.bias, tokens.flatten(0, 1), linear.weight.mT, alpha=scale, beta=bias_scale)
     return flat.unflatten(0, tokens.shape[:2])
 
@@ -81,7 +81,7 @@ def quickgelu_mlp(
     mlp: nn.Sequential,  # c_fc, gelu and c_proj of a block of CLIP
     tokens: Tensor,  # (B, n, D)
 ) -> Tensor:  # (B, n, D)
-    """The two layers of a block, with QuickGELU as a scaled SiLU."""
+    """Apply the MLP of a block, with QuickGELU computed as a scaled SiLU."""
     quick = isinstance(mlp.gelu, QuickGELU)
     slope = QUICKGELU_SLOPE if quick else 1.0
     hidden = scaled_linear(mlp.c_fc, tokens, slope, slope)
@@ -90,7 +90,7 @@ def quickgelu_mlp(
 
 # %% ../../nbs/32_models.encoder.ipynb #53ad199a
 class PromptedBlock(nn.Module):
-    """How a block of CLIP is run on [g, V, H]; it has no parameters of its own."""
+    """Run a block of CLIP on [g, V, H] without outputs at the prompts (Eq. 3); has no parameters of its own."""
 
     def forward(
         self,
@@ -105,26 +105,26 @@ class PromptedBlock(nn.Module):
 
 # %% ../../nbs/32_models.encoder.ipynb #e714dd82
 class PromptedEncoder(nn.Module):
-    """CLIP's frozen image encoder with learned prompts."""
+    """CLIP's frozen image encoder with learned prompts (Eq. 1 to 3)."""
 
     def __init__(
         self,
         *,
         visual: VisionTransformer,  # CLIP's image encoder; it is frozen here
-        deep_prompts: DeepPrompts,  # one set of tokens for each of the first blocks
+        deep_prompts: DeepPrompts,  # one set of tokens per prompted block
         spectral_prompt: SpectralPrompt | None = None,  # shared by all blocks in `spectral_blocks`
         spectral_blocks: tuple[int, ...] = (),  # blocks, counted from 1, whose input is filtered
         class_embedding_count: int = 2,  # 2 as in the releases, 1 as in CLIP
     ):
         super().__init__()
-        self.checkpointing = False  # whether blocks are computed again in the backward pass, to save memory
+        self.checkpointing = False  # recompute blocks in the backward pass to save memory
         self.visual = visual.requires_grad_(False).eval()
         self.deep_prompts, self.spectral_prompt = deep_prompts, spectral_prompt
         self.spectral_blocks, self.class_embedding_count = tuple(spectral_blocks), class_embedding_count
         self.run_block = PromptedBlock()
         self.prompt_norm = nn.LayerNorm(visual.conv1.out_channels, eps=1e-6)
 
-    def train(self, mode: bool = True) -> "PromptedEncoder":  # the frozen part stays in evaluation mode
+    def train(self, mode: bool = True) -> "PromptedEncoder":  # CLIP stays in evaluation mode
         super().train(mode)
         self.visual.eval()
         return self
@@ -136,7 +136,7 @@ class PromptedEncoder(nn.Module):
     def forward(
         self,
         images: Tensor,  # (B, 3, H, W), normalised
-    ) -> tuple[Tensor, Tensor]:  # patch embeddings (B, d, h, w) and cls embedding (B, d), each of length 1
+    ) -> tuple[Tensor, Tensor]:  # patch embeddings (B, d, h, w) and cls embedding (B, d), unit-norm
         grid = tuple(side // size for side, size in zip(images.shape[-2:], self.visual.patch_size, strict=True))
         tokens = embed_patches(self.visual, images, self.class_embedding_count)
         prompts, run = self.deep_prompts(len(images)), self.run_block
