@@ -83,9 +83,7 @@ def build_segmenter(
     """Build a segmenter around CLIP's image encoder."""
     blocks, width, patch = len(visual.transformer.resblocks), visual.conv1.out_channels, visual.patch_size[0]
     if config.image_size % patch:
-        raise UserError(
-            f"image_size: {config.image_size} is not a multiple of the patch size {patch}; use a multiple"
-        )
+        raise UserError(f"image_size: {config.image_size} is not a multiple of the patch size {patch}; use a multiple")
     spectral_blocks = parse_blocks(config.spectral_blocks, blocks)
     grid = (config.image_size // patch,) * 2
     encoder = PromptedEncoder(
