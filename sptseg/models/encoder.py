@@ -43,9 +43,7 @@ def embed_patches(
     class_embedding_count: int = 2,  # times the class embedding is added to token 0: 2 in the releases, 1 in CLIP
 ) -> Tensor:  # (B, 1 + h·w, D): cls token, then patch tokens in row order
     """Embed patches, add position embeddings and apply `ln_pre`: the input of the first block, without prompts."""
-    feature_map = visual.conv1(
-        images.contiguous(memory_format=torch.channels_last)
-    )  # channels last: flattening needs no copy
+    feature_map = visual.conv1(images.contiguous(memory_format=torch.channels_last))  # no copy to flatten
     position = interpolate_position_embedding(visual.positional_embedding, feature_map.shape[-2:])
     cls = (class_embedding_count * visual.class_embedding + position[0]).expand(len(images), 1, -1)
     return visual.ln_pre(torch.cat([cls, feature_map.flatten(2).mT + position[1:]], 1))

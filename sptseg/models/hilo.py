@@ -108,7 +108,7 @@ class HiLo(nn.Module):
         super().__init__()
         if width % num_heads:
             raise UserError(
-                f"decoder: width {width} is not a multiple of {num_heads} heads; choose a CLIP whose embedding width is one"
+                f"decoder: width {width} is not a multiple of {num_heads} heads; use a CLIP whose embedding width is"
             )
         high_heads, low_heads = head_split(num_heads, split)
         self.high = HighFrequencyAttention(width=width, num_heads=high_heads, head_width=width // num_heads)
