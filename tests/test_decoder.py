@@ -1,4 +1,4 @@
-"""Decoders: high/low-frequency attention against naive loops, and what a decoder promises about its queries."""
+"""Decoders: high- and low-frequency attention against naive loops, and properties of queries and masks."""
 
 import math
 

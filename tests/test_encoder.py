@@ -1,4 +1,4 @@
-"""The prompted encoder: CLIP's own without prompts, and prompts that go where they should."""
+"""The prompted encoder: equal to CLIP without prompts; effects of deep and spectral prompts."""
 
 import pytest
 import torch
