@@ -1,4 +1,4 @@
-"""Decoders: high/low-frequency attention against naive loops, and what a decoder promises about its queries."""
+"""Decoders: high- and low-frequency attention against naive loops, and properties of queries and masks."""
 
 import math
 
@@ -15,9 +15,9 @@ KINDS = tuple(CROSS)
 
 def inputs(classes=5, grid=(7, 5), width=16, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    maps = F.normalize(torch.randn(2, width, *grid, generator=generator), dim=1)
+    feature_map = F.normalize(torch.randn(2, width, *grid, generator=generator), dim=1)
     cls, text = (F.normalize(torch.randn(count, width, generator=generator), dim=-1) for count in (2, classes))
-    return maps, cls, text
+    return feature_map, cls, text
 
 
 def make(kind, **options):
@@ -28,7 +28,7 @@ def make(kind, **options):
     return decoder.eval()
 
 
-def cross_attention(queries, keys, values):
+def naive_attention(queries, keys, values):
     """Attention of one head, one query at a time."""
     rows = []
     for query in queries:
@@ -50,14 +50,14 @@ def naive_hilo(model, image, high_heads, head_width):
         for x in range(0, columns, 3):
             window = qkv[y : y + 3, x : x + 3].reshape(9, 3, high_heads, head_width)
             for head in range(high_heads):
-                answer = cross_attention(*window[:, :, head].unbind(1)).view(3, 3, head_width)
+                answer = naive_attention(*window[:, :, head].unbind(1)).view(3, 3, head_width)
                 high[y : y + 3, x : x + 3, head * head_width : (head + 1) * head_width] = answer
     cells = torch.stack(
         [padded[y : y + 3, x : x + 3].sum((0, 1)) / 9 for y in range(0, rows, 3) for x in range(0, columns, 3)]
     )
     query = (padded @ model.low.query.weight.T).view(rows * columns, -1, head_width)
     key, value = (cells @ model.low.key_value.weight.T).view(len(cells), 2, -1, head_width).unbind(1)
-    heads = [cross_attention(query[:, head], key[:, head], value[:, head]) for head in range(query.shape[1])]
+    heads = [naive_attention(query[:, head], key[:, head], value[:, head]) for head in range(query.shape[1])]
     low = model.low.projection(torch.cat(heads, -1)).view(rows, columns, -1)
     return torch.cat([high, low], -1)[:height, :width]
 
@@ -67,20 +67,20 @@ def naive_hilo(model, image, high_heads, head_width):
 @pytest.mark.parametrize("grid", [(4, 5), (3, 6), (7, 2)])
 def test_hilo_equals_naive_attention(grid, split):
     torch.manual_seed(0)
-    model, maps = HiLo(width=8, num_heads=4, split=split), torch.randn(2, 8, *grid)
+    model, feature_map = HiLo(width=8, num_heads=4, split=split), torch.randn(2, 8, *grid)
     high_heads = {"code": 1, "paper": 3}[split]
-    found = model(maps).unflatten(1, grid)
-    for image, answer in zip(maps.movedim(1, -1), found, strict=True):
+    found = model(feature_map).unflatten(1, grid)
+    for image, answer in zip(feature_map.movedim(1, -1), found, strict=True):
         assert torch.allclose(answer, naive_hilo(model, image, high_heads, 2), atol=1e-5)
 
 
 def test_padding_takes_part():
     torch.manual_seed(0)
-    model, maps = HiLo(width=8, num_heads=4), torch.randn(1, 8, 4, 4)
-    alone = model(maps).unflatten(1, (4, 4))
+    model, feature_map = HiLo(width=8, num_heads=4), torch.randn(1, 8, 4, 4)
+    alone = model(feature_map).unflatten(1, (4, 4))
     for fill, same in ((torch.zeros(()), True), (torch.randn(()), False)):
         surrounded = fill.expand(1, 8, 6, 6).clone()
-        surrounded[..., :4, :4] = maps
+        surrounded[..., :4, :4] = feature_map
         inside = model(surrounded).unflatten(1, (6, 6))[:, :4, :4]
         assert torch.allclose(inside, alone, atol=1e-6) == same
 
@@ -108,37 +108,37 @@ def test_task_token_selects_by_clamped_cosine():
 
 @pytest.mark.parametrize("cross", [SGDCross, ZegCLIPCross])
 def test_the_mask_alone_equals_the_mask_beside_the_update(cross):
-    maps, _, text = inputs()
+    feature_map, _, text = inputs()
     module, queries = cross(width=16).eval(), torch.randn(2, 5, 16)
-    assert torch.allclose(module.mask(queries, maps), module(queries, maps)[1], atol=1e-5)
+    assert torch.allclose(module.mask(queries, feature_map), module(queries, feature_map)[1], atol=1e-5)
 
 
 def test_zegclip_masks_are_the_mean_of_the_heads_logits():
-    maps, _, _ = inputs()
+    feature_map, _, _ = inputs()
     module, queries = ZegCLIPCross(width=16, num_heads=4), torch.randn(2, 5, 16)
-    query, key = module.query(queries), module.key(maps.flatten(2).mT)
+    query, key = module.query(queries), module.key(feature_map.flatten(2).mT)
     per_head = [query[..., i : i + 4] @ key[..., i : i + 4].mT / 4**0.5 for i in range(0, 16, 4)]
-    assert torch.allclose(module.mask(queries, maps), sum(per_head) / 4, atol=1e-5)
+    assert torch.allclose(module.mask(queries, feature_map), sum(per_head) / 4, atol=1e-5)
 
 
 @pytest.mark.parametrize("layers", [1, 3, 5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_classes_do_not_see_one_another(kind, layers):
-    maps, cls, text = inputs()
+    feature_map, cls, text = inputs()
     decoder = make(kind, num_layers=layers)
-    together = decoder(maps, cls, text)
+    together = decoder(feature_map, cls, text)
     assert together.shape == (2, 5, 7, 5)
     for index in range(5):
-        assert torch.allclose(decoder(maps, cls, text[index : index + 1])[:, 0], together[:, index], atol=1e-5)
+        assert torch.allclose(decoder(feature_map, cls, text[index : index + 1])[:, 0], together[:, index], atol=1e-5)
     shuffled = torch.tensor([3, 0, 4, 1, 2])
-    assert torch.allclose(decoder(maps, cls, text[shuffled]), together[:, shuffled], atol=1e-5)
+    assert torch.allclose(decoder(feature_map, cls, text[shuffled]), together[:, shuffled], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_do_not_see_one_another(kind):
-    maps, cls, text = inputs()
+    feature_map, cls, text = inputs()
     decoder = make(kind)
-    assert torch.allclose(decoder(maps, cls, text)[1:], decoder(maps[1:], cls[1:], text), atol=1e-5)
+    assert torch.allclose(decoder(feature_map, cls, text)[1:], decoder(feature_map[1:], cls[1:], text), atol=1e-5)
 
 
 @pytest.mark.parametrize("layers", [1, 3, 5])

@@ -1,4 +1,4 @@
-"""The prompted encoder: CLIP's own without prompts, and prompts that go where they should."""
+"""The prompted encoder: equal to CLIP without prompts; effects of deep and spectral prompts."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_the_class_embedding_counts():
     assert torch.allclose(once(IMAGES)[1], twice(IMAGES)[1], atol=1e-6)
 
 
-def test_embeddings_have_length_one_on_any_grid():
+def test_embeddings_are_unit_norm_on_any_grid():
     encoder = make_encoder(filter_std=0.1, blocks=(1, 2))
     for height, width in ((32, 32), (40, 24), (64, 48)):
         patches, cls = encoder(torch.randn(2, 3, height, width))

@@ -30,13 +30,13 @@ def test_spectral_prompt_is_a_circular_convolution(grid):
     (height, width), (prompt, cls, patches) = grid, prompt_and_tokens(grid)
     spectrum = torch.view_as_complex(prompt.filter.detach()).numpy().astype(complex)
     kernel = np.fft.irfft2(spectrum, s=grid, axes=(0, 1))  # ignores what is not Hermitian
-    maps = (patches * cls[:, None]).view(2, height, width, -1).double().numpy()
-    expected = np.zeros_like(maps)
+    feature_map = (patches * cls[:, None]).view(2, height, width, -1).double().numpy()
+    expected = np.zeros_like(feature_map)
     for y in range(height):
         for x in range(width):
             for v in range(height):
                 for u in range(width):
-                    expected[:, y, x] += kernel[v, u] * maps[:, (y - v) % height, (x - u) % width]
+                    expected[:, y, x] += kernel[v, u] * feature_map[:, (y - v) % height, (x - u) % width]
     found = prompt(cls, patches, grid).detach().view(expected.shape).numpy()
     assert np.allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 

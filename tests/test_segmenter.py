@@ -24,6 +24,7 @@ from sptseg.inference.windows import (
     window_starts,
 )
 from sptseg.models.segmenter import METHODS, build_segmenter, load_segmenter, read_segmenter_file, save_segmenter
+from sptseg.training.checkpoint import load_checkpoint, save_checkpoint
 
 SMALL = {"image_size": 32, "num_prompts": 3}
 TEXT = F.normalize(torch.randn(5, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
@@ -206,6 +207,41 @@ def test_clip_is_not_in_the_file(saved):
     assert stored.keys() == model.trained_tensors().keys() and not any("visual" in name for name in stored)
     assert saved.stat().st_size < 4 * sum(tensor.numel() for tensor in stored.values()) + 20_000, "nothing else is"
     assert [path.name for path in saved.parent.iterdir()] == ["model.safetensors"]
+
+
+OLD_PARTS = {"norm1": "cross_norm", "norm2": "ffn_norm", "linear1": "expand", "linear2": "contract"}
+
+
+def with_old_names(tensors):
+    """The same tensors under the names of a decoder layer's parts that earlier versions wrote."""
+    return {".".join(OLD_PARTS.get(part, part) for part in name.split(".")): value for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_files_with_old_names_of_tensors_load(tmp_path, method):
+    model, images = make(method), torch.randn(2, 3, 32, 32)
+    for tensor in model.trained_tensors().values():
+        tensor.data += 0.1 * torch.randn_like(tensor)
+    path = save_segmenter(tmp_path / "model.safetensors", model, clip="tiny")
+    old = with_old_names(load_file(path))
+    assert old.keys() != load_file(path).keys()
+    rewrite(path, old)
+    assert read_segmenter_file(path)[2].keys() == model.trained_tensors().keys()
+    again = load_segmenter(path, make_visual(), clip="tiny")
+    assert torch.equal(again(images, TEXT), model(images, TEXT))
+
+
+def test_checkpoints_with_old_names_of_tensors_load(tmp_path):
+    """In particular, none of their tensors is skipped: a checkpoint is loaded with strict=False."""
+    model, again = make(), make()
+    optimisers = [torch.optim.AdamW(one.trained_tensors().values()) for one in (model, again)]
+    for tensor in model.trained_tensors().values():
+        tensor.data += 0.1 * torch.randn_like(tensor)
+    old = with_old_names(model.trained_tensors())
+    save_checkpoint(tmp_path, 5, old, optimisers[0], {"train": [], "val": []}, keep=1)
+    assert load_checkpoint(tmp_path, again, optimisers[1])[0] == 5
+    restored = again.trained_tensors()
+    assert all(torch.equal(restored[name], tensor) for name, tensor in model.trained_tensors().items())
 
 
 def rewrite(path, tensors=None, **notes):

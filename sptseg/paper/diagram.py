@@ -38,7 +38,7 @@ from ..core import UserError, write_atomically
 from ..data.glyphs import draw_scene
 from ..inference.windows import SEEN_BIAS, class_scores, resize_masks
 from ..models.clip import clip_config
-from ..models.hilo import WINDOW
+from ..models.hilo import WINDOW_SIZE
 from ..models.prompts import SpectralPrompt
 from ..models.segmenter import Segmenter, SegmenterConfig, build_segmenter
 from ..plots import colour_mask
@@ -479,7 +479,7 @@ def draw_high_low(
     for branch, what, down in (("high", "windows", 0.0), ("low", "means", 0.5)):
         module, shape = getattr(hilo, branch), shapes[f"decoder.last.hilo.{branch}"]
         heads = shape[-1] // module.head_width
-        text = f"{branch} frequency:\n{heads} head{'s' * (heads > 1)}, {times((WINDOW, WINDOW))} {what}"
+        text = f"{branch} frequency:\n{heads} head{'s' * (heads > 1)}, {times((WINDOW_SIZE, WINDOW_SIZE))} {what}"
         box = draw_box(axis, Box(x + 0.14, y - down - 0.18, 1.04, 0.36), text, kind_of(module))
         draw_arrow(axis, (x, y), (x, y - down), box.at(0, 0.5))
         draw_arrow(axis, box.at(1, 0.5), (merge, y - down))
