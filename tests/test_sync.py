@@ -1,3 +1,4 @@
+import json
 import shutil
 import subprocess
 
@@ -62,3 +63,10 @@ def test_readme_links_lead_somewhere():
     text = (sync.ROOT / "README.md").read_text(encoding="utf-8")
     targets = [match[2].split("#")[0] for match in sync.LINK.finditer(text)]
     assert [target for target in targets if not (sync.ROOT / target).exists()] == []
+
+
+def test_papermill_notebooks_are_committed_without_outputs():
+    for path in sorted((sync.ROOT / "nbs/runs").glob("*.ipynb")):
+        cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+        assert not any(cell["outputs"] for cell in cells), f"{path.name}: clear its outputs, they are of a smoke run"
+        assert any("parameters" in cell["metadata"].get("tags", []) for cell in cells), path.name
