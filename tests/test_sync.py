@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 import subprocess
@@ -87,3 +88,10 @@ def test_the_python_block_of_the_readme_runs_as_it_stands(tmp_path):
     done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "labels.png").stat().st_size > 10_000
+
+
+def test_papermill_notebooks_are_committed_without_outputs():
+    for path in sorted((sync.ROOT / "nbs/runs").glob("*.ipynb")):
+        cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+        assert not any(cell["outputs"] for cell in cells), f"{path.name}: clear its outputs, they are of a smoke run"
+        assert any("parameters" in cell["metadata"].get("tags", []) for cell in cells), path.name
