@@ -1,5 +1,7 @@
 """Loading CLIP, its traps, and the text embeddings of classes."""
 
+import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from sptseg.models.clip import (
     SCENE_TEMPLATES,
     SINGLE_TEMPLATE,
     ClipModel,
+    ScriptedModule,
     cache_file,
     class_embeddings,
     fetch_weights,
@@ -23,6 +26,7 @@ from sptseg.models.clip import (
     interpolate_position_embedding,
     load_clip,
     load_text_embeddings,
+    module_tensors,
     read_weights,
 )
 
@@ -115,7 +119,7 @@ def test_the_cache_folder_can_be_chosen_by_an_environment_variable(tiny, tmp_pat
 
 def test_a_cache_that_cannot_be_written_only_warns(tiny, tmp_path):
     (tmp_path / "file").write_text("no folder")
-    with pytest.warns(UserWarning, match="could not be kept"):
+    with pytest.warns(UserWarning, match="could not be cached"):
         assert class_embeddings(tiny, PETS, cache_dir=tmp_path / "file").shape == (3, 128)
 
 
@@ -202,17 +206,69 @@ def archive_like_openais(model, file):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_torchscript_archives_of_openai_are_read_and_need_quickgelu(tmp_path):
+def test_torchscript_archives_are_read_as_data_and_need_quickgelu(tmp_path, monkeypatch):
     model = open_clip.CLIP(**OPENAI_LIKE).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.half().float()  # as precise as OpenAI's files
     file = tmp_path / "ViT-B-16.pt"
     archive_like_openais(model, file)
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("code was loaded"))
+    monkeypatch.delattr(open_clip, "load_openai_model", raising=False)  # later versions of open_clip lack it
     weights = read_weights(file)
     assert set(weights) == set(model.state_dict())
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
     with pytest.raises(UserError, match="use 'ViT-B-16-quickgelu'"):
         load_clip("ViT-B-16", weights=file)
+
+
+def test_causal_masks_are_no_weights():
+    block, root = ScriptedModule(), ScriptedModule()
+    block.attn_mask, block.weight, root.training, root.block = torch.ones(2, 2), torch.ones(2), True, block
+    assert [name for name, _ in module_tensors(root)] == ["block.weight"]
+
+
+class Trap:
+    """Loading it with Python's own unpickler creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("members", [{"data.pkl": None}, {"data.pkl": b"\x80\x02"}, {"data.pkl": b"junk"}, {"a": b""}])
+def test_damaged_and_malicious_archives_are_refused(tmp_path, members):
+    trapped = pickle.dumps(Trap(tmp_path / "trapped"))
+    with zipfile.ZipFile(tmp_path / "model.pt", "w") as archive:
+        archive.writestr("model/code/__torch__.py", "")
+        for name, content in members.items():
+            archive.writestr(f"model/{name}", trapped if content is None else content)
+    with pytest.raises(UserError, match=r"model\.pt: cannot be read as weights \("):
+        read_weights(tmp_path / "model.pt")
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_a_truncated_archive_is_refused(tmp_path):
+    archive_like_openais(open_clip.CLIP(**OPENAI_LIKE), tmp_path / "whole.pt")
+    content = (tmp_path / "whole.pt").read_bytes()
+    (tmp_path / "half.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"half\.pt: cannot be read"):
+        read_weights(tmp_path / "half.pt")
+
+
+@pytest.mark.parametrize("content", [[1], {"state_dict": [1]}, {"a": 1}, {}, torch.ones(2)])
+def test_files_without_a_state_dict_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"model\.pt: does not hold a dictionary of tensors"):
+        read_weights(tmp_path / "model.pt")
+
+
+def test_a_defect_is_not_reported_as_an_unreadable_file(tiny, tmp_path, monkeypatch):
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(clip_module, "load_file", lambda path: path.no_such_attribute)
+    with pytest.raises(AttributeError):
+        read_weights(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,7 @@ from sptseg.paper.complexity import (
 from sptseg.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-FULL_SCALE = ROOT / "../shared/reference/full_scale.json"
-needs_reference = pytest.mark.skipif(not FULL_SCALE.exists(), reason="needs ../shared/reference")
+FULL_SCALE = ROOT / "tests/reference/full_scale.json"
 each_row = pytest.mark.parametrize(
     "row", list(PUBLISHED.itertuples(index=False, name=None)), ids=lambda row: f"{row[0]}-{row[1]}"
 )
@@ -70,7 +69,6 @@ def test_parameters_are_the_published_ones(row):
     assert round(used / 1e6, 2) == published_used and round((used + unused) / 1e6, 2) == published
 
 
-@needs_reference
 @each_row
 def test_unused_parameters_are_those_that_never_got_a_gradient(row):
     method, prompts = row[:2]
@@ -85,7 +83,6 @@ def test_unused_parameters_are_those_that_never_got_a_gradient(row):
     assert used + sum(map(count_values, modules.values())) == learnable
 
 
-@needs_reference
 @each_row
 def test_products_and_attention_are_those_of_the_authors_code(row):
     """Exactly, on tensors without values: fvcore's record of the authors' code, without its detours."""
@@ -114,11 +111,10 @@ def test_operations_are_the_published_ones(row):
     assert round(total / 1e9, 2) == published
     attention = table.loc["encoder.run_block", "attention"]
     assert attention == 12 * 1025 * (1025 + prompts) * 2 * 768
-    if FULL_SCALE.exists():
-        record = released(method, prompts)[0]["fvcore"]
-        assert abs(total - record["with_attention_counted"]["total"]) <= 1
-        bare = record["with_attention_counted"]["total"] - record["plain_with_this_torch"]["total"]
-        assert attention + 12 * prompts * (1025 + prompts) * 2 * 768 == bare
+    record = released(method, prompts)[0]["fvcore"]
+    assert abs(total - record["with_attention_counted"]["total"]) <= 1
+    bare = record["with_attention_counted"]["total"] - record["plain_with_this_torch"]["total"]
+    assert attention + 12 * prompts * (1025 + prompts) * 2 * 768 == bare
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from sptseg.recipe import Recipe, load_recipe
 from sptseg.releases.convert import about_equal, convert_checkpoint, load_plainly, summarise_conversion
 from sptseg.releases.names import FIRST_PROMPTS, LAYER, OTHER_PROMPTS, PREFIXES, PROMPTS, read_segmenter
 
-FULL_SCALE = Path(__file__).resolve().parents[1] / "../shared/reference/full_scale.json"
+FULL_SCALE = Path(__file__).resolve().parent / "reference/full_scale.json"
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +288,6 @@ def full_clip():
     return load_clip("ViT-B-16-quickgelu", weights="random")
 
 
-@pytest.mark.skipif(not FULL_SCALE.exists(), reason="needs ../shared/reference")
 @pytest.mark.parametrize("kind, prompts", [("zegclip", 10), ("zegclip", 100), ("spt", 10), ("spt", 100)])
 def test_checkpoints_of_full_size(full_clip, tmp_path, monkeypatch, kind, prompts):
     """Every name and shape of the releases; CLIP's part in half precision, unused parameters as one stored number."""
@@ -322,7 +321,6 @@ def name_is_unused(name, released):
     return name in released["voc_10_tokens"]["never_used_by_the_loss"]["names"]
 
 
-@pytest.mark.skipif(not FULL_SCALE.exists(), reason="needs ../shared/reference")
 @pytest.mark.parametrize("kind", ["zegclip", "spt"])
 def test_every_name_of_the_releases_is_read_or_has_a_reason(kind):
     from sptseg.releases.names import translate_state

@@ -1,6 +1,7 @@
 """The check against recorded vectors: it accepts right ones of any dimensions, and notices every wrong one."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from sptseg.cli import main
-from sptseg.core import IGNORE, UserError
+from sptseg.core import IGNORE
 from sptseg.models.decoder import CROSS, DecoderLayer
 from sptseg.models.encoder import PromptedEncoder
 from sptseg.models.prompts import DeepPrompts, SpectralPrompt
@@ -18,7 +19,7 @@ from sptseg.releases.names import PREFIXES, read_segmenter
 from sptseg.releases.reference import check_reference, take_stored
 from sptseg.training.losses import segmentation_loss
 
-REFERENCE = Path(__file__).resolve().parents[1] / "../shared/reference"
+REFERENCE = Path(__file__).resolve().parent / "reference"
 VARIANTS = {  # nothing here has the dimensions of the set that the authors' code was recorded in
     "one_layer": {
         **dict(kind="sgd", blocks=2, prompted=2, width=32, heads=4, patch=4, position=6, grid=(6, 6)),
@@ -52,7 +53,8 @@ class Official:
             spectral_prompt=SpectralPrompt(grid=grid, width=width, std=0.2) if grid else None,
             spectral_blocks=(1, 2)[:blocks] if grid else (),
         ).eval()
-        crosses = [CROSS[kind](width=d, num_heads=decoder_heads) for _ in range(layers)]
+        heads = 8 if kind == "sgd" else decoder_heads  # the release builds HiLo with 8 heads, whatever it is told
+        crosses = [CROSS[kind](width=d, num_heads=heads) for _ in range(layers)]
         self.layers = torch.nn.ModuleList(DecoderLayer(cross=cross, width=d) for cross in crosses).eval()
         self.q_proj = torch.nn.Linear(2 * d, d)
         for module in (self.encoder, self.layers):
@@ -270,7 +272,6 @@ def spoil(path, change):
     save_file(tensors, path)
 
 
-@pytest.mark.skipif(not REFERENCE.is_dir(), reason="the vectors recorded from the authors' code are not here")
 def test_the_authors_vectors_are_reproduced():
     lines, cases = [], json.loads((REFERENCE / "manifest.json").read_text())["cases"]
     assert check_reference(REFERENCE, report=lines.append), [line for line in lines if "FAIL" in line]
@@ -347,8 +348,11 @@ def test_a_damaged_case_is_refused_by_name(own_set, damage, capsys):
     case, change, culprit = DAMAGES[damage]
     spoil(own_set / f"{case}.safetensors", change)
     assert main(["check-reference", str(own_set)]) == 1
-    [error] = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().out.splitlines()
+    [error] = [line for line in lines if line.startswith(f"{case}: FAIL")]
     assert f"{case}.safetensors" in error and culprit in error
+    assert sum(line.endswith(" outputs") for line in lines) == len(CASES) - 1, "the other cases are run"
+    assert lines[-2:] == [f"not run: {case}", f"{len(CASES)} cases, 0 outputs beyond tolerance"]
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"cases": {}}', '{"cases": [1]}', '{"cases": {"a": {}}}'])
@@ -365,9 +369,55 @@ def test_exit_status_follows_the_comparison(own_set, capsys):
     spoil(own_set / "loss.safetensors", lambda tensors: tensors["output.total"].mul_(1.001))
     assert main(["check-reference", str(own_set)]) == 1
     (own_set / "loss.safetensors").unlink()
-    with pytest.raises(UserError, match="loss.safetensors"):
-        check_reference(own_set, report=lambda line: None)
+    capsys.readouterr()
     assert main(["check-reference", str(own_set)]) == 1
+    assert "loss: FAIL" in capsys.readouterr().out
+
+
+def test_a_missing_gpu_is_named(own_set, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["check-reference", str(own_set), "--device", "cuda"]) == 1
+    assert capsys.readouterr().err == "sptseg: device: no cuda device is available; use cpu\n"
+    assert main(["check-reference", str(own_set), "--device", "cpu"]) == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_authors_vectors_are_reproduced_on_a_gpu():
+    lines = []
+    assert check_reference(REFERENCE, device="cuda", report=lines.append), [line for line in lines if "FAIL" in line]
+
+
+@pytest.mark.parametrize("num_heads", [2, 4, 12])
+def test_the_configured_heads_do_not_matter_to_spt_seg(tmp_path, num_heads):
+    """The released layer takes `num_heads` and builds HiLo without it."""
+    cases = json.loads((REFERENCE / "manifest.json").read_text())["cases"]
+    head, whole = (cases[name] for name in ("spt_head", "spt_model_eval"))
+    for config in (head["config"], whole["config"]["decode_head"]):
+        assert config["num_heads"] == 8
+        config["num_heads"] = num_heads
+    (tmp_path / "manifest.json").write_text(json.dumps({"cases": {"head": head, "whole": whole}}))
+    for case in (head, whole):
+        (tmp_path / case["file"]).symlink_to(REFERENCE / case["file"])
+    lines = []
+    assert check_reference(tmp_path, report=lines.append), [line for line in lines if "FAIL" in line]
+
+
+def test_the_configured_heads_matter_to_zegclip(tmp_path):
+    head = json.loads((REFERENCE / "manifest.json").read_text())["cases"]["zegclip_head"]
+    head["config"]["num_heads"] //= 2
+    (tmp_path / "manifest.json").write_text(json.dumps({"cases": {"head": head}}))
+    (tmp_path / head["file"]).symlink_to(REFERENCE / head["file"])
+    assert not check_reference(tmp_path, report=lambda line: None)
+
+
+def test_the_set_is_complete_and_small():
+    cases = json.loads((REFERENCE / "manifest.json").read_text())["cases"]
+    files = {path.name: path for path in REFERENCE.iterdir()}
+    listed = {case["file"] for case in cases.values()}
+    assert files.keys() == listed | {"manifest.json", "full_scale.json", "README.md"}
+    assert sum(path.stat().st_size for path in files.values()) <= 6_000_000
+    for case in cases.values():
+        assert sha256(files[case["file"]].read_bytes()).hexdigest() == case["sha256"]
 
 
 def test_stored_parts_are_cut_out_by_description_or_by_shape():
