@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,19 +15,21 @@ from PIL import Image
 
 from sptseg.core import IGNORE, UserError
 from sptseg.data import cocostuff
-from sptseg.data.cocostuff import MASKS, SUFFIX, cocostuff_samples, list_names, place, prepare_cocostuff
+from sptseg.data.cocostuff import (
+    COCO_MASK_ARCHIVE,
+    ID_SUFFIX,
+    cocostuff_samples,
+    list_names,
+    place_cocostuff,
+    prepare_cocostuff,
+)
 from sptseg.data.label_sets import load_label_set
+from sptseg.data.miniatures import encode, write_archive
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples" / "cocostuff164k"
 GAPS = np.array([11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90])
 USED = [number for number in range(182) if number not in GAPS]
 NAMES = {"train2017": ["000000000009", "000000000025", "000000000030"], "val2017": ["000000000139", "000000000285"]}
-
-
-def encoded(array, kind="png"):
-    stream = io.BytesIO()
-    Image.fromarray(array).save(stream, format=kind)
-    return stream.getvalue()
 
 
 def drawn(name, size=(24, 32)):
@@ -38,23 +39,13 @@ def drawn(name, size=(24, 32)):
     return rng.integers(0, 256, (*size, 3), dtype=np.uint8), np.kron(blocks, np.ones((4, 4), np.uint8))
 
 
-def write_zip(path, files):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        for folder in sorted({name.split("/")[0] for name in files}):
-            archive.writestr(zipfile.ZipInfo(f"{folder}/"), b"")
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return path
-
-
 def write_archives(root, names=NAMES):
     """The three official archives with drawn images."""
     for folder, listed in names.items():
-        images = {f"{folder}/{name}.jpg": encoded(drawn(name)[0], "jpeg") for name in listed}
-        write_zip(root / f"{folder}.zip", images)
-    masks = {f"{f}/{name}.png": encoded(drawn(name)[1]) for f, listed in names.items() for name in listed}
-    write_zip(root / MASKS.name, masks)
+        images = {f"{folder}/{name}.jpg": encode(drawn(name)[0], "jpeg") for name in listed}
+        write_archive(root / f"{folder}.zip", images)
+    masks = {f"{f}/{name}.png": encode(drawn(name)[1]) for f, listed in names.items() for name in listed}
+    write_archive(root / COCO_MASK_ARCHIVE.name, masks)
     return root
 
 
@@ -83,9 +74,9 @@ def root(tmp_path):
 @pytest.fixture
 def complete(monkeypatch):
     """Let the five drawn images be the complete dataset."""
-    monkeypatch.setattr(cocostuff, "COUNTS", {"train": 3, "val": 2})
-    archives = {split: replace(archive, digest=None) for split, archive in cocostuff.IMAGES.items()}
-    monkeypatch.setattr(cocostuff, "IMAGES", archives)
+    monkeypatch.setattr(cocostuff, "COCO_COUNTS", {"train": 3, "val": 2})
+    archives = {split: replace(archive, digest=None) for split, archive in cocostuff.COCO_IMAGE_ARCHIVES.items()}
+    monkeypatch.setattr(cocostuff, "COCO_IMAGE_ARCHIVES", archives)
 
 
 def test_prepared_labels_are_those_of_the_archive(root):
@@ -95,7 +86,7 @@ def test_prepared_labels_are_those_of_the_archive(root):
         assert [sample.name for sample in samples] == NAMES[f"{split}2017"]
         for sample in samples:
             assert np.array_equal(sample.mask, expected_ids(drawn(sample.name)[1]))
-            jpeg = np.asarray(Image.open(io.BytesIO(encoded(drawn(sample.name)[0], "jpeg"))))
+            jpeg = np.asarray(Image.open(io.BytesIO(encode(drawn(sample.name)[0], "jpeg"))))
             assert np.array_equal(sample.image.permute(1, 2, 0), jpeg)
 
 
@@ -104,9 +95,9 @@ def test_real_samples(tmp_path):
     originals = {path.relative_to(SAMPLES).as_posix(): path for path in SAMPLES.rglob("*.*g")}
     for split in ("train2017", "val2017"):
         found = {name.removeprefix("images/"): p for name, p in originals.items() if name.startswith(f"images/{split}")}
-        write_zip(tmp_path / f"{split}.zip", {name: path.read_bytes() for name, path in found.items()})
+        write_archive(tmp_path / f"{split}.zip", {name: path.read_bytes() for name, path in found.items()})
     masks = {n.removeprefix("annotations/"): p.read_bytes() for n, p in originals.items() if n.endswith(".png")}
-    write_zip(tmp_path / MASKS.name, masks)
+    write_archive(tmp_path / COCO_MASK_ARCHIVE.name, masks)
     assert prepare(tmp_path) == {"train": 13, "val": 4}
     classes = load_label_set("coco-stuff").classes
     for split in ("train", "val"):
@@ -128,7 +119,7 @@ def test_complete_dataset_needs_no_partial_and_no_archive_afterwards(root, compl
 
 def test_what_is_missing_is_made_again_and_nothing_else(root, complete):
     prepare(root, partial=False)
-    lost = [root / "images/train2017/000000000025.jpg", root / f"annotations/val2017/000000000285{SUFFIX}"]
+    lost = [root / "images/train2017/000000000025.jpg", root / f"annotations/val2017/000000000285{ID_SUFFIX}"]
     contents = [path.read_bytes() for path in lost]
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*.*g") if path not in lost}
     for path in lost:
@@ -142,25 +133,27 @@ def test_what_is_missing_is_made_again_and_nothing_else(root, complete):
 def test_killed_and_run_again(tmp_path, workers):
     names = {"train2017": [f"{number:012d}" for number in range(1, 401)], "val2017": NAMES["val2017"]}
     masks = {f"{f}/{name}": drawn(name, (160, 200))[1] for f, listed in names.items() for name in listed}
-    root, image = tmp_path / "cocostuff", encoded(np.zeros((160, 200, 3), np.uint8), "jpeg")
+    root, image = tmp_path / "cocostuff", encode(np.zeros((160, 200, 3), np.uint8), "jpeg")
     for folder, listed in names.items():
-        write_zip(root / f"{folder}.zip", {f"{folder}/{name}.jpg": image for name in listed})
-    write_zip(root / MASKS.name, {f"{name}.png": encoded(mask) for name, mask in masks.items()})
+        write_archive(root / f"{folder}.zip", {f"{folder}/{name}.jpg": image for name in listed})
+    write_archive(root / COCO_MASK_ARCHIVE.name, {f"{name}.png": encode(mask) for name, mask in masks.items()})
     call = f"prepare_cocostuff({str(root)!r}, partial=True, workers={workers}, progress=False)"
     process = subprocess.Popen([sys.executable, "-c", f"from sptseg.data.cocostuff import *; {call}"], cwd=tmp_path)
     folder = root / "annotations/train2017"
-    while not list_names(folder, SUFFIX):
+    while not list_names(folder, ID_SUFFIX):
         assert process.poll() is None, "ended before it was killed"
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     time.sleep(0.5)  # workers end with their parent
-    assert 0 < len(done := list_names(folder, SUFFIX)) < 400
-    early = {name: (folder / f"{name}{SUFFIX}").stat().st_mtime_ns for name in done}
+    assert 0 < len(done := list_names(folder, ID_SUFFIX)) < 400
+    early = {name: (folder / f"{name}{ID_SUFFIX}").stat().st_mtime_ns for name in done}
     assert prepare(root) == {"train": 400, "val": 2}
-    assert early == {name: (folder / f"{name}{SUFFIX}").stat().st_mtime_ns for name in done}, "finished ones are kept"
+    assert early == {name: (folder / f"{name}{ID_SUFFIX}").stat().st_mtime_ns for name in done}, (
+        "finished ones are kept"
+    )
     for name, mask in masks.items():
-        converted = np.asarray(Image.open(root / "annotations" / f"{name}{SUFFIX}"))
+        converted = np.asarray(Image.open(root / "annotations" / f"{name}{ID_SUFFIX}"))
         assert np.array_equal(converted, expected_ids(mask)), name
 
 
@@ -168,35 +161,35 @@ def test_killed_and_run_again(tmp_path, workers):
 def test_number_that_no_mask_may_hold(root, number):
     mask = drawn("000000000285")[1]
     mask[3, 5:9] = number
-    files = {f"{f}/{n}.png": encoded(drawn(n)[1]) for f, listed in NAMES.items() for n in listed}
-    write_zip(root / MASKS.name, files | {"val2017/000000000285.png": encoded(mask)})
+    files = {f"{f}/{n}.png": encode(drawn(n)[1]) for f, listed in NAMES.items() for n in listed}
+    write_archive(root / COCO_MASK_ARCHIVE.name, files | {"val2017/000000000285.png": encode(mask)})
     message = refused(prepare, root)
     assert "annotations/val2017/000000000285.png: 4 of 768 pixels" in message and f"hold {number}," in message
-    assert not (root / f"annotations/val2017/000000000285{SUFFIX}").exists()
+    assert not (root / f"annotations/val2017/000000000285{ID_SUFFIX}").exists()
 
 
 @pytest.mark.parametrize(
     "content, reason",
     [
-        (encoded(np.zeros((24, 32, 3), np.uint8)), "3 channels"),
-        (encoded(np.zeros((24, 32), np.uint16)), "16 bits"),
-        (encoded(drawn("000000000139")[1])[:-40], "incomplete"),
+        (encode(np.zeros((24, 32, 3), np.uint8)), "3 channels"),
+        (encode(np.zeros((24, 32), np.uint16)), "16 bits"),
+        (encode(drawn("000000000139")[1])[:-40], "incomplete"),
         (b"not an image", "not an image"),
     ],
 )
 def test_file_that_is_no_mask_is_named(root, content, reason):
-    files = {f"{f}/{n}.png": encoded(drawn(n)[1]) for f, listed in NAMES.items() for n in listed}
-    write_zip(root / MASKS.name, files | {"val2017/000000000139.png": content})
+    files = {f"{f}/{n}.png": encode(drawn(n)[1]) for f, listed in NAMES.items() for n in listed}
+    write_archive(root / COCO_MASK_ARCHIVE.name, files | {"val2017/000000000139.png": content})
     message = refused(prepare, root)
     assert "val2017/000000000139.png" in message and reason in message
 
 
 def test_missing_archives_are_named_before_anything_is_unpacked(tmp_path):
     root = write_archives(tmp_path / "cocostuff")
-    for archive in (*cocostuff.IMAGES.values(), MASKS):
+    for archive in (*cocostuff.COCO_IMAGE_ARCHIVES.values(), COCO_MASK_ARCHIVE):
         content = (root / archive.name).read_bytes()
         (root / archive.name).unlink()
-        if archive is not cocostuff.IMAGES["train"]:
+        if archive is not cocostuff.COCO_IMAGE_ARCHIVES["train"]:
             message = refused(prepare, root)
             assert archive.name in message and archive.url in message and "--download" in message
             assert not (root / "images").exists() and not (root / "annotations").exists()
@@ -216,56 +209,56 @@ def test_miniature_is_not_taken_for_the_published_archive(root):
     assert "train2017.zip" in message and "cced6f7f71b7629ddf16f17bbcfab6b2" in message
 
 
-@pytest.mark.parametrize("name", ["train2017.zip", "val2017.zip", MASKS.name])
+@pytest.mark.parametrize("name", ["train2017.zip", "val2017.zip", COCO_MASK_ARCHIVE.name])
 def test_truncated_archive_is_named(root, name):
     (root / name).write_bytes((root / name).read_bytes()[:-300])
     assert f"{name}: is damaged or incomplete" in refused(prepare, root)
 
 
 def test_wrong_counts(root, complete, monkeypatch):
-    monkeypatch.setattr(cocostuff, "COUNTS", {"train": 3, "val": 4})
+    monkeypatch.setattr(cocostuff, "COCO_COUNTS", {"train": 3, "val": 4})
     message = refused(prepare, root, partial=False)
     assert "val2017: images: found 2, expected 4" in message
-    monkeypatch.setattr(cocostuff, "COUNTS", {"train": 2, "val": 2})
+    monkeypatch.setattr(cocostuff, "COCO_COUNTS", {"train": 2, "val": 2})
     for partial in (False, True):
         assert "train2017: images: found 3, expected 2" in refused(prepare, root, partial=partial)
 
 
 def test_image_without_mask(root):
-    files = {f"{f}/{n}.png": encoded(drawn(n)[1]) for f, listed in NAMES.items() for n in listed}
+    files = {f"{f}/{n}.png": encode(drawn(n)[1]) for f, listed in NAMES.items() for n in listed}
     del files["train2017/000000000025.png"]
-    write_zip(root / MASKS.name, files)
+    write_archive(root / COCO_MASK_ARCHIVE.name, files)
     message = refused(prepare, root)
-    assert f"train2017/000000000025{SUFFIX}" in message and "1 of 3" in message and MASKS.name in message
+    assert f"train2017/000000000025{ID_SUFFIX}" in message and "1 of 3" in message and COCO_MASK_ARCHIVE.name in message
     message = refused(cocostuff_samples, root, "train")
-    assert f"sptseg data cocostuff --root {root}" in message and f"000000000025{SUFFIX}" in message
+    assert f"sptseg data cocostuff --root {root}" in message and f"000000000025{ID_SUFFIX}" in message
 
 
 def test_archive_that_would_write_elsewhere(root):
     for evil in ("../train2017/000000000001.png", "/train2017/000000000001.png", "train2017/../../000000000001.png"):
-        write_zip(root / MASKS.name, {"train2017/000000000009.png": b"x", evil: b"evil"})
+        write_archive(root / COCO_MASK_ARCHIVE.name, {"train2017/000000000009.png": b"x", evil: b"evil"})
         message = refused(prepare, root)
-        assert MASKS.name in message and "out of the folder" in message
+        assert COCO_MASK_ARCHIVE.name in message and "out of the folder" in message
     assert not list(root.parent.rglob("000000000001*"))
 
 
 def test_only_files_of_the_dataset_are_unpacked():
-    assert place("train2017/000000000009.jpg") == "images/train2017/000000000009.jpg"
-    assert place("val2017/000000000139.png") == "annotations/val2017/000000000139.png"
+    assert place_cocostuff("train2017/000000000009.jpg") == "images/train2017/000000000009.jpg"
+    assert place_cocostuff("val2017/000000000139.png") == "annotations/val2017/000000000139.png"
     for other in ("val2017/139.jpg", "test2017/000000000001.jpg", "__MACOSX/val2017/000000000139.jpg", "labels.txt"):
-        assert place(other) is None
+        assert place_cocostuff(other) is None
 
 
 def test_folder_prepared_by_others_is_verified(root):
     prepare(root)
     for path in root.glob("*.zip"):
         path.unlink()
-    path = root / f"annotations/train2017/000000000030{SUFFIX}"
+    path = root / f"annotations/train2017/000000000030{ID_SUFFIX}"
     good = path.read_bytes()
     Image.fromarray(np.full((24, 32), 171, np.uint8)).save(path)
     for check in (prepare, lambda root: cocostuff_samples(root, "train")[2]):
         message = refused(check, root)
-        assert f"train2017/000000000030{SUFFIX}: label 171" in message and "0..170" in message
+        assert f"train2017/000000000030{ID_SUFFIX}: label 171" in message and "0..170" in message
     Image.fromarray(np.zeros((32, 24), np.uint8)).save(path)
     for check in (prepare, lambda root: cocostuff_samples(root, "train")[2]):
         assert "000000000030.jpg" in (message := refused(check, root)) and "24×32" in message and "32×24" in message

@@ -1,10 +1,8 @@
 """PASCAL Context: the numbers of any family of masks become class ids by name, or a message says what is wrong."""
 
 import hashlib
-import io
 import re
 import shutil
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +13,12 @@ from PIL import Image
 from sptseg.core import IGNORE, UserError
 from sptseg.data import context
 from sptseg.data.context import (
+    CONTEXT_MASK_ARCHIVE,
+    CONTEXT_NAMES,
     IMAGE_FOLDER,
     LISTS,
     MASK_FOLDER,
-    MASKS,
-    NAMES,
-    VOC,
+    VOC2010_ARCHIVE,
     context_samples,
     named_lookup,
     place_image,
@@ -29,18 +27,13 @@ from sptseg.data.context import (
     read_numbers,
 )
 from sptseg.data.label_sets import INVALID, load_label_set
+from sptseg.data.miniatures import encode, write_archive
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples" / "pascal_context"
 CLASSES = load_label_set("context-59").classes
 SITE_LIST = "".join(f"{number}: {name}\n" for number, name in enumerate(CLASSES, 1)) + "\n"
 SPLITS = {"train": ["2008_000002", "2008_000003"], "val": ["2009_000637", "2010_003321", "2010_000682"]}
 ALL = [name for names in SPLITS.values() for name in names]
-
-
-def encoded(array, kind="png"):
-    stream = io.BytesIO()
-    Image.fromarray(array).save(stream, format=kind)
-    return stream.getvalue()
 
 
 def drawn(name, size=(24, 32)):
@@ -50,26 +43,22 @@ def drawn(name, size=(24, 32)):
     return rng.integers(0, 256, (*size, 3), dtype=np.uint8), np.kron(blocks, np.ones((2, 2), np.uint8))
 
 
-def write_tar(path, files, mode="w"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-
-
 def write_archives(root, splits=SPLITS, images=None, masks=None):
     """The published files, with drawn images unless others are given."""
     names = [name for listed in splits.values() for name in listed]
-    images = images or {name: encoded(drawn(name)[0], "jpeg") for name in names}
-    masks = masks or {name: encoded(drawn(name)[1]) for name in names}
+    images = images or {name: encode(drawn(name)[0], "jpeg") for name in names}
+    masks = masks or {name: encode(drawn(name)[1]) for name in names}
     files = {f"ImageSets/Main/{split}.txt": ("\n".join(listed) + "\n").encode() for split, listed in splits.items()}
     files |= {f"JPEGImages/{name}.jpg": content for name, content in images.items()}
     files |= {"ImageSets/Main/cat_val.txt": b"2009_000637 -1\n", "Annotations/2009_000637.xml": b"<annotation/>"}
-    write_tar(root / VOC.name, {f"VOCdevkit/VOC2010/{name}": content for name, content in files.items()})
-    write_tar(root / MASKS.name, {f"59_context_labels/{n}.png": content for n, content in masks.items()}, "w:gz")
-    (root / NAMES.name).write_text(SITE_LIST)
+    write_archive(
+        root / VOC2010_ARCHIVE.name, {f"VOCdevkit/VOC2010/{name}": content for name, content in files.items()}
+    )
+    write_archive(
+        root / CONTEXT_MASK_ARCHIVE.name,
+        {f"59_context_labels/{n}.png": content for n, content in masks.items()},
+    )
+    (root / CONTEXT_NAMES.name).write_text(SITE_LIST)
     return root
 
 
@@ -92,8 +81,8 @@ def root(tmp_path):
 @pytest.fixture
 def complete(monkeypatch):
     """Let the drawn images be the complete dataset."""
-    monkeypatch.setattr(context, "COUNTS", {split: len(names) for split, names in SPLITS.items()})
-    for name in ("VOC", "MASKS"):
+    monkeypatch.setattr(context, "CONTEXT_COUNTS", {split: len(names) for split, names in SPLITS.items()})
+    for name in ("VOC2010_ARCHIVE", "CONTEXT_MASK_ARCHIVE"):
         monkeypatch.setattr(context, name, replace(getattr(context, name), digest=None))
 
 
@@ -219,7 +208,7 @@ def test_run_again_makes_what_is_missing(root, complete):
     assert contents == [path.read_bytes() for path in lost]
     kept = [path for path in before if not path.name.startswith(".")]
     assert all(before[path] == path.stat().st_mtime_ns for path in kept)
-    for name in (VOC.name, MASKS.name, NAMES.name):
+    for name in (VOC2010_ARCHIVE.name, CONTEXT_MASK_ARCHIVE.name, CONTEXT_NAMES.name):
         (root / name).unlink()
     assert prepare(root, partial=False) == {"train": 2, "val": 3}, "archives are not needed any more"
 
@@ -239,13 +228,13 @@ def test_site_masks_are_not_mixed_with_another_list(root):
     (root / "labels.txt").write_text("\n".join(["background", *sorted(CLASSES)]))
     (root / MASK_FOLDER / f"{ALL[0]}.png").unlink()
     message = refused(prepare, root)
-    assert str(root / "labels.txt") in message and MASKS.name in message
+    assert str(root / "labels.txt") in message and CONTEXT_MASK_ARCHIVE.name in message
     assert not (root / MASK_FOLDER / f"{ALL[0]}.png").exists()
 
 
 def test_missing_archives_are_named(tmp_path):
     root = tmp_path / "context"
-    for archive in (MASKS, NAMES, VOC):
+    for archive in (CONTEXT_MASK_ARCHIVE, CONTEXT_NAMES, VOC2010_ARCHIVE):
         write_archives(root)
         (root / archive.name).unlink()
         message = refused(prepare, root)
@@ -255,10 +244,10 @@ def test_missing_archives_are_named(tmp_path):
 
 def test_miniature_is_not_taken_for_the_published_archive(root):
     message = refused(prepare_context, root, progress=False)
-    assert MASKS.name in message and MASKS.digest.removeprefix("md5:") in message
+    assert CONTEXT_MASK_ARCHIVE.name in message and CONTEXT_MASK_ARCHIVE.digest.removeprefix("md5:") in message
 
 
-@pytest.mark.parametrize("name", [VOC.name, MASKS.name])
+@pytest.mark.parametrize("name", [VOC2010_ARCHIVE.name, CONTEXT_MASK_ARCHIVE.name])
 def test_truncated_archive_is_named(root, name):
     content = (root / name).read_bytes()
     (root / name).write_bytes(content[: len(content) // 2])
@@ -267,26 +256,26 @@ def test_truncated_archive_is_named(root, name):
 
 
 def test_wrong_counts(root, complete, monkeypatch):
-    monkeypatch.setattr(context, "COUNTS", {"train": 2, "val": 4})
+    monkeypatch.setattr(context, "CONTEXT_COUNTS", {"train": 2, "val": 4})
     message = refused(prepare, root, partial=False)
     assert f"{LISTS}/val.txt: names: found 3, expected 4" in message
     assert prepare(root) == {"train": 2, "val": 3}
-    monkeypatch.setattr(context, "COUNTS", {"train": 1, "val": 3})
+    monkeypatch.setattr(context, "CONTEXT_COUNTS", {"train": 1, "val": 3})
     assert "found 2, expected 1" in refused(prepare, root)
 
 
 @pytest.mark.parametrize(
     "content, reason",
     [
-        (encoded(np.full((24, 32), 60, np.uint8)), "label 60"),
-        (encoded(np.zeros((24, 32, 3), np.uint8)), "3 channels"),
-        (encoded(np.zeros((24, 32), np.uint16)), "16 bits"),
-        (encoded(np.zeros((32, 24), np.uint8)), "24×32"),
-        (encoded(drawn(ALL[3])[1])[:-40], "incomplete"),
+        (encode(np.full((24, 32), 60, np.uint8)), "label 60"),
+        (encode(np.zeros((24, 32, 3), np.uint8)), "3 channels"),
+        (encode(np.zeros((24, 32), np.uint16)), "16 bits"),
+        (encode(np.zeros((32, 24), np.uint8)), "24×32"),
+        (encode(drawn(ALL[3])[1])[:-40], "incomplete"),
     ],
 )
 def test_mask_that_cannot_be_used_is_named(root, content, reason):
-    masks = {name: encoded(drawn(name)[1]) for name in ALL} | {ALL[3]: content}
+    masks = {name: encode(drawn(name)[1]) for name in ALL} | {ALL[3]: content}
     write_archives(root, masks=masks)
     message = refused(prepare, root)
     assert f"{MASK_FOLDER}/{ALL[3]}.png" in message and reason in message
@@ -295,13 +284,13 @@ def test_mask_that_cannot_be_used_is_named(root, content, reason):
 
 
 def test_image_without_mask_and_broken_image(root):
-    masks = {name: encoded(drawn(name)[1]) for name in ALL if name != ALL[4]}
+    masks = {name: encode(drawn(name)[1]) for name in ALL if name != ALL[4]}
     write_archives(root, masks=masks)
     message = refused(prepare, root)
-    assert f"{MASK_FOLDER}/{ALL[4]}.png" in message and MASKS.name in message
+    assert f"{MASK_FOLDER}/{ALL[4]}.png" in message and CONTEXT_MASK_ARCHIVE.name in message
     message = refused(context_samples, root, "val", True)
     assert f"{ALL[4]}.png" in message and f"sptseg data context --root {root}" in message
-    images = {name: encoded(drawn(name)[0], "jpeg") for name in ALL}
+    images = {name: encode(drawn(name)[0], "jpeg") for name in ALL}
     root = write_archives(root.parent / "other", images=images | {ALL[1]: images[ALL[1]][:-50]})
     assert f"{ALL[1]}.jpg" in refused(prepare, root)
 
@@ -316,7 +305,7 @@ def test_only_files_of_the_dataset_are_unpacked():
 
 
 def test_archive_that_would_write_elsewhere(root):
-    write_tar(root / MASKS.name, {"../2008_000002.png": b"evil"}, "w:gz")
+    write_archive(root / CONTEXT_MASK_ARCHIVE.name, {"../2008_000002.png": b"evil"})
     assert "out of the folder" in refused(prepare, root)
     assert not list(root.parent.glob("*.png"))
 

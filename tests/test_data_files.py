@@ -214,7 +214,7 @@ def test_samples_are_the_files(pair):
 
 
 def test_lookup_is_applied(pair):
-    lookup = raw_lookup(LabelSet("own", ("x", "y", "z"), raw_gaps=(1,)))
+    lookup = raw_lookup(LabelSet("own", ("x", "y", "z"), numbers=(0, 2, 3)))
     mask = FileSamples(images=[pair[0]], masks=[pair[1]], lookup=lookup)[0].mask
     expected = np.select([noise(channels=1, high=4) == k for k in range(4)], [0, IGNORE, 1, 2])
     assert np.array_equal(mask, expected)

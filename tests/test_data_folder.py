@@ -11,7 +11,7 @@ from PIL import Image
 from sptseg.core import IGNORE, UserError
 from sptseg.data.folder import folder_labels, folder_samples
 
-CLASSES = {"classes": ["cat", "dog", "cow"], "unseen": ["cow"], "raw_gaps": [0]}
+CLASSES = {"classes": {1: "cat", 2: "dog", 3: "cow"}, "unseen": ["cow"]}
 
 
 def draw(seed, high=256, channels=3):
@@ -129,7 +129,7 @@ def test_wrong_class_lists_are_named(root, content, reason):
 def test_missing_class_list_missing_root_unknown_split(root):
     (root / "classes.yaml").unlink()
     assert refusal(root).startswith(f"{root / 'classes.yaml'}: does not exist")
-    assert refusal(root / "nowhere").startswith(f"{root / 'nowhere'}: there is no such folder")
+    assert refusal(root / "nowhere").startswith(f"{root / 'nowhere'}: this folder does not exist")
     assert refusal(root, "test").startswith("split: 'test' is unknown; use train or val")
 
 

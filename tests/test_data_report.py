@@ -139,7 +139,7 @@ def test_each_warning_appears(change, warning):
 def test_background_that_is_no_class_may_fill_most_of_a_image():
     change = lambda mask, index: torch.where(mask.roll(1) == 0, mask, IGNORE)  # noqa: E731
     assert any("have no label" in line for line in report_warnings(quiet(LABELS, Drawn(change=change))))
-    voc_like = LabelSet("four", LABELS.classes, unseen=(1,), raw_gaps=(0,))
+    voc_like = LabelSet("four", LABELS.classes, unseen=(1,), numbers=(1, 2, 3, 4))
     assert report_warnings(quiet(voc_like, Drawn(change=change))) == []
 
 

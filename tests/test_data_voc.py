@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from contextlib import suppress
 from functools import partial
@@ -21,7 +20,16 @@ from scipy.io import savemat
 
 from sptseg.core import UserError
 from sptseg.data import voc
-from sptseg.data.voc import SBD, VOC, convert_sbd_mask, prepare_voc, read_sbd_mask, voc_palette, voc_samples
+from sptseg.data.miniatures import encode, write_archive
+from sptseg.data.voc import (
+    SBD_ARCHIVE,
+    VOC_ARCHIVE,
+    convert_sbd_mask,
+    prepare_voc,
+    read_sbd_mask,
+    voc_palette,
+    voc_samples,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT / "../shared/samples/voc2012"
@@ -37,38 +45,10 @@ def message(function, *arguments, **keywords):
     return str(caught.value)
 
 
-def mat_bytes(mask):
-    """A file of SBD's cls folder."""
-    boundaries = np.empty((20, 1), object)
-    boundaries.fill(np.zeros((2, 2), np.uint8))
-    categories = np.unique(mask[mask > 0]).astype(np.uint8)
-    GTcls = {"Boundaries": boundaries, "Segmentation": mask, "CategoriesPresent": categories}
-    savemat(buffer := io.BytesIO(), {"GTcls": GTcls}, do_compression=True)
-    return buffer.getvalue()
-
-
-def png_bytes(mask):
-    """A file of VOC's SegmentationClass."""
-    image = Image.fromarray(mask)
-    image.putpalette(voc_palette().tobytes())
-    image.save(buffer := io.BytesIO(), "PNG")
-    return buffer.getvalue()
-
-
 def jpg_bytes(shape, rng):
     """A noisy image."""
     Image.fromarray(rng.integers(0, 256, (*shape, 3), np.uint8)).save(buffer := io.BytesIO(), "JPEG")
     return buffer.getvalue()
-
-
-def write_tar(path, files):
-    """Pack names and bytes, plain or compressed as the name says."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as tar:
-        for name, content in files.items():
-            item = tarfile.TarInfo(name)
-            item.size = len(content)
-            tar.addfile(item, io.BytesIO(content))
 
 
 def write_archives(root, lists, images, voc_masks, sbd_masks):
@@ -81,8 +61,8 @@ def write_archives(root, lists, images, voc_masks, sbd_masks):
     second = {f"benchmark_RELEASE/dataset/cls/{name}.mat": content for name, content in sbd_masks.items()}
     second |= {f"benchmark_RELEASE/dataset/{key}.txt": text[f"sbd_{key}"] for key in ("train", "val")}
     second |= {f"benchmark_RELEASE/dataset/img/{name}.jpg": b"not wanted" for name in sbd_masks}
-    write_tar(root / VOC.name, first)
-    write_tar(root / SBD.name, second)
+    write_archive(root / VOC_ARCHIVE.name, first)
+    write_archive(root / SBD_ARCHIVE.name, second)
 
 
 def make_miniature(root, count=6):
@@ -94,10 +74,10 @@ def make_miniature(root, count=6):
     masks = {name: rng.integers(0, 21, shapes[name]).astype(np.uint8) for name in names}
     own = {name: np.where(rng.random(shapes[name]) < 0.1, 255, masks[name]).astype(np.uint8) for name in names}
     images = {name: jpg_bytes(shapes[name], rng) for name in names}
-    voc_masks = {name: png_bytes(own[name]) for key in ("train", "val") for name in lists[key]}
+    voc_masks = {name: encode(own[name], "png", voc_palette()) for key in ("train", "val") for name in lists[key]}
     sbd = {"sbd_train": lists["aug"][::-2] + lists["train"][:2] + lists["val"][:1], "sbd_val": lists["aug"][-2::-2]}
     sbd["sbd_val"] += lists["val"][1:2]
-    in_sbd = {name: mat_bytes(masks[name]) for name in sbd["sbd_train"] + sbd["sbd_val"]}
+    in_sbd = {name: encode(masks[name], "mat") for name in sbd["sbd_train"] + sbd["sbd_val"]}
     write_archives(root, {**lists, **sbd}, images, voc_masks, in_sbd)
     return lists, {name: masks[name] if name in lists["aug"] else own[name] for name in names}
 
@@ -144,7 +124,7 @@ def test_preparing_twice_changes_nothing_and_needs_no_archives(root):
     times = {file: file.stat().st_mtime_ns for file in root.rglob("*") if file.is_file()}
     assert prepare(root) == counts
     assert times == {file: file.stat().st_mtime_ns for file in root.rglob("*") if file.is_file()}
-    for name in (VOC.name, SBD.name):
+    for name in (VOC_ARCHIVE.name, SBD_ARCHIVE.name):
         (root / name).unlink()
     shutil.rmtree(root / "benchmark_RELEASE")
     assert prepare(root) == counts
@@ -159,7 +139,9 @@ def test_a_folder_made_for_mmsegmentation_serves_as_it_is(miniature, root, tmp_p
     names = base / "ImageSets/Segmentation"
     names.joinpath("aug.txt").write_text("\n".join(random.Random(1).sample(lists["aug"], 6)))
     for name in lists["train"]:  # mmsegmentation converts these too; they must not be used
-        (base / "SegmentationClassAug" / f"{name}.png").write_bytes(png_bytes(np.full((3, 3), 7, np.uint8)))
+        (base / "SegmentationClassAug" / f"{name}.png").write_bytes(
+            encode(np.full((3, 3), 7, np.uint8), "png", voc_palette())
+        )
     assert prepare(tmp_path / "other")["trainaug"] == 12
     samples = voc_samples(tmp_path / "other", "train")
     assert [sample.name for sample in samples] == lists["train"] + sorted(lists["aug"])
@@ -167,18 +149,18 @@ def test_a_folder_made_for_mmsegmentation_serves_as_it_is(miniature, root, tmp_p
 
 
 def test_missing_archives_and_files_are_named(root):
-    (root / SBD.name).rename(root.parent / SBD.name)
+    (root / SBD_ARCHIVE.name).rename(root.parent / SBD_ARCHIVE.name)
     said = message(prepare, root)
-    assert SBD.name in said and SBD.url in said and "--download" in said
+    assert SBD_ARCHIVE.name in said and SBD_ARCHIVE.url in said and "--download" in said
     (root / "archives").mkdir()
-    (root.parent / SBD.name).rename(root / "archives" / SBD.name)
+    (root.parent / SBD_ARCHIVE.name).rename(root / "archives" / SBD_ARCHIVE.name)
     prepare(root)
-    (root / VOC.name).unlink()
+    (root / VOC_ARCHIVE.name).unlink()
     for file in ("JPEGImages/2007_000002.jpg", "SegmentationClass/2008_000003.png", "JPEGImages/2009_000001.jpg"):
         kept = (root / "VOC2012" / file).read_bytes()
         (root / "VOC2012" / file).unlink()
         said = message(prepare, root)
-        assert file in said and VOC.name in said
+        assert file in said and VOC_ARCHIVE.name in said
         assert file in message(voc_samples, root, "val" if "2008" in file else "train")
         (root / "VOC2012" / file).write_bytes(kept)
     (root / "VOC2012/SegmentationClassAug/2009_000001.png").unlink()
@@ -186,7 +168,7 @@ def test_missing_archives_and_files_are_named(root):
 
 
 def test_published_archives_are_checked_by_their_checksums(root):
-    for name, digest in [(VOC.name, VOC.digest), (SBD.name, SBD.digest)]:
+    for name, digest in [(VOC_ARCHIVE.name, VOC_ARCHIVE.digest), (SBD_ARCHIVE.name, SBD_ARCHIVE.digest)]:
         assert digest.startswith("md5:") and len(digest) == 36
         said = message(prepare_voc, root, progress=False)
         assert str(root / name) in said and digest[4:] in said
@@ -201,10 +183,10 @@ def test_counts_are_those_of_the_protocol(root, monkeypatch):
     said = message(prepare_voc, root, progress=False)
     assert "train.txt: found 6, expected 1,464" in said
     for right in (dict(train=6, val=6, aug=7), dict(train=6, val=5, aug=6)):
-        monkeypatch.setattr(voc, "COUNTS", {**right, "trainaug": 12})
+        monkeypatch.setattr(voc, "VOC_COUNTS", {**right, "trainaug": 12})
         split = "aug" if right["aug"] == 7 else "val"
         assert f"{split}.txt: found 6, expected {right[split]}" in message(prepare_voc, root, progress=False)
-    monkeypatch.setattr(voc, "COUNTS", dict(train=6, val=6, aug=6, trainaug=12))
+    monkeypatch.setattr(voc, "VOC_COUNTS", dict(train=6, val=6, aug=6, trainaug=12))
     assert prepare_voc(root, progress=False)["trainaug"] == 12
 
 
@@ -249,7 +231,7 @@ def test_broken_mat_files_are_named(miniature, root):
     content, mask = mat.read_bytes(), read_sbd_mask(mat)
     assert np.array_equal(mask, miniature[2]["2009_000004"])
     savemat(other := io.BytesIO(), {"GTinst": 3})
-    for wrong in (b"", b"<html>", content[:100], content[:-50], other.getvalue(), mat_bytes(mask.astype(float))):
+    for wrong in (b"", b"<html>", content[:100], content[:-50], other.getvalue(), encode(mask.astype(float), "mat")):
         mat.write_bytes(wrong)
         assert str(mat) in message(prepare, root)
     mat.unlink()
@@ -258,7 +240,7 @@ def test_broken_mat_files_are_named(miniature, root):
 
 def test_converted_masks_can_be_looked_at(tmp_path):
     mask = np.arange(256, dtype=np.uint8).reshape(8, 32)
-    (tmp_path / "a.mat").write_bytes(mat_bytes(mask))
+    (tmp_path / "a.mat").write_bytes(encode(mask, "mat"))
     convert_sbd_mask(tmp_path / "a.mat", tmp_path / "a.png")
     image = Image.open(tmp_path / "a.png")
     assert image.mode == "P" and np.array_equal(np.asarray(image), mask)
@@ -331,8 +313,10 @@ def test_real_images_and_masks(tmp_path):
     assert set(own) | set(aug) == set(images) and len(own) > 10 and len(aug) >= 3
     names = sorted(own)
     lists = {"train": names[::2], "val": names[1::2], "sbd_train": [*aug, names[0], names[1]], "sbd_val": [names[3]]}
-    sbd = {name: mat_bytes(mask) for name, mask in aug.items()}
-    sbd |= {name: mat_bytes(np.asarray(Image.open(io.BytesIO(own[name])))) for name in (names[0], names[1], names[3])}
+    sbd = {name: encode(mask, "mat") for name, mask in aug.items()}
+    sbd |= {
+        name: encode(np.asarray(Image.open(io.BytesIO(own[name]))), "mat") for name in (names[0], names[1], names[3])
+    }
     write_archives(tmp_path, lists, images, own, sbd)
     counts = prepare(tmp_path)
     assert counts == dict(

@@ -57,6 +57,20 @@ def test_coco_raw_values_skip_the_gaps_and_keep_their_order():
     assert lookup[used].tolist() == list(range(171)) and (lookup[182:IGNORE] == INVALID).all()
 
 
+def test_a_mapping_gives_the_lookup_of_the_numbers_that_it_leaves_out(tmp_path):
+    coco, file = load_label_set("coco-stuff"), tmp_path / "own.yaml"
+    gaps = [11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90]
+    expected = torch.full((256,), INVALID, dtype=torch.uint8)
+    expected[[*gaps, IGNORE]] = IGNORE
+    expected[[number for number in range(182) if number not in gaps]] = torch.arange(171, dtype=torch.uint8)
+    assert torch.equal(raw_lookup(coco), expected) and coco.unused_numbers == tuple(gaps)
+    file.write_text("classes: {7: cat, 2: dog}")
+    own = load_label_set(file)
+    assert own.classes == ("cat", "dog") and raw_lookup(own)[:9].tolist() == [255, 255, 1, 255, 255, 255, 255, 0, 253]
+    file.write_text("classes: {0: cat, 1: dog}")
+    assert torch.equal(raw_lookup(load_label_set(file)), raw_lookup(LabelSet("list", ("cat", "dog"))))
+
+
 def test_voc_raw_values_reduce_by_one():
     lookup = raw_lookup(load_label_set("voc"))
     assert lookup[:21].tolist() == [IGNORE, *range(20)] and lookup[21] == INVALID
@@ -76,7 +90,10 @@ def test_voc_raw_values_reduce_by_one():
         ({"classes": ["cat", 3]}, "[3]"),
         ({"classes": "cat"}, "'cat'"),
         ({"classes": ["cat"], "templates": ["a photo"]}, "['a photo']"),
-        ({"classes": ["cat"], "raw_gaps": [300]}, "[300]"),
+        ({"classes": {300: "cat"}}, "[300]"),
+        ({"classes": {"1": "cat"}}, "['1']"),
+        ({"classes": {1: 2}}, "[2]"),
+        ({"classes": ["cat"], "raw_gaps": [0]}, "`classes: {1: cat, 2: dog}`"),
         ({"classes": [f"c{index}" for index in range(254)]}, "254 names"),
         ({"classes": ["cat"], "colour": "red"}, "['colour']"),
     ],
