@@ -111,19 +111,20 @@ rule draw_table:
         " && python -m sptseg.paper.batch sums {output} {params.sources} figures/{wildcards.bench}-{wildcards.table}.*"
 
 
-# All figures of a benchmark, as PDF and PNG in figures/.
+# All figures of a benchmark in figures/, as PDF and PNG; the two diagrams of the method as SVG.
 rule draw_figures:
     input: lambda wildcards: outdated(records(TABLES))
     output: "data/results/sums/{bench}-figures.txt"
     log: "data/runs/figures/{bench}.ipynb", "data/runs/figures/{bench}.log"
-    message: "draw figures/{wildcards.bench}-*.pdf, .png"
+    message: "draw figures/{wildcards.bench}-*.pdf, .png, .svg"
     wildcard_constraints: bench=BENCH
     params: sources=sources(TABLES)
     shell:
-        "python -m sptseg.paper.batch step 'figures/{wildcards.bench}-*.pdf, .png' {log[0]} -- "
+        "python -m sptseg.paper.batch step 'figures/{wildcards.bench}-*.pdf, .png, .svg' {log[0]} -- "
         "papermill nbs/runs/figures.ipynb {log[0]} --log-output --no-progress-bar"
         " -p results data/results -p runs data/runs -y '{{{PARAMETERS}}}'"
         " && python -m sptseg.paper.batch sums {output} {params.sources} figures/{wildcards.bench}-*.pdf figures/{wildcards.bench}-*.png"
+        " figures/{wildcards.bench}-*.svg"
 
 
 LOCKS = []

@@ -1,24 +1,36 @@
-"""The diagrams of the method: true to the model, legible, and the same bytes each time."""
+"""The diagrams of the method: every number is the model's, text fits, and the same model gives the same bytes."""
 
 import os
 import re
 import subprocess
 import sys
-from itertools import combinations
+from functools import lru_cache
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
-from matplotlib import pyplot as plt
+from matplotlib import font_manager
 from open_clip.transformer import VisionTransformer
-from PIL import Image
+from PIL import ImageFont
 
-from sptseg.core import UserError
+from sptseg.core import UserError, asset_path
+from sptseg.models.prompts import SpectralPrompt
 from sptseg.models.segmenter import METHODS, SegmenterConfig, build_segmenter
-from sptseg.paper.diagram import draw_method, draw_spectral_prompt, hollow_segmenter, record_shapes, save_figure
+from sptseg.paper.diagram import (
+    PLACEHOLDER,
+    draw_method,
+    draw_spectral_prompt,
+    fill_template,
+    hollow_segmenter,
+    record_shapes,
+    save_svg,
+    spectral_example,
+    times,
+)
 
-FIGURES = Path(__file__).resolve().parents[1] / "figures"
+ROOT = Path(__file__).resolve().parents[1]
 BASE, TINY = "ViT-B-16-quickgelu", "glyph-clip"
 VARIANTS = {
     "spt-seg": (BASE, METHODS["spt-seg"], 20),
@@ -27,8 +39,9 @@ VARIANTS = {
     "five layers, all blocks": (BASE, SegmenterConfig(decoder_layers=5, spectral_blocks="1-12"), 20),
     "coco-stuff": (BASE, SegmenterConfig(num_prompts=100), 171),
     "tiny": (TINY, SegmenterConfig(image_size=96), 20),
-    "tiny zegclip+spt, two layers": (TINY, SegmenterConfig(image_size=96, decoder="zegclip", decoder_layers=2), 20),
+    "tiny zegclip, two layers": (TINY, SegmenterConfig(image_size=96, decoder="zegclip", decoder_layers=2), 20),
 }
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=lambda name: name.replace(" ", "-"))
@@ -41,9 +54,17 @@ def tiny():
     return hollow_segmenter(*VARIANTS["tiny"])
 
 
-def figures_of(model, shapes):
+def diagrams_of(model, shapes):
     drawn = [draw_method(model, shapes)]
     return drawn + ([draw_spectral_prompt(model, shapes)] if model.encoder.spectral_prompt else [])
+
+
+def texts_of(svg):
+    return ["".join(text.itertext()) for text in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
+def without_images(svg):
+    return re.sub(r"data:image/png;base64,[\w+/=]+", "", svg)
 
 
 def test_shapes_are_those_of_a_real_model():
@@ -55,6 +76,7 @@ def test_shapes_are_those_of_a_real_model():
     assert (shapes["encoder"], shapes["encoder[1]"]) == (patches.shape, cls.shape)
     assert shapes["masks"] == model(images, text).shape == (2, 7, 5, 4)
     assert (shapes["rfft2"], shapes["irfft2"]) == ((2, 5, 3, 32), (2, 5, 4, 32))
+    assert shapes["rfft2 input"] == (2, 5, 4, 32)
     assert shapes["encoder.run_block input"] == (2, 1 + 20, 32) and shapes["encoder.deep_prompts"] == (2, 5, 32)
     assert shapes["decoder.last.hilo.low"][1:3] == (6, 6)
     assert (shapes["resized"], shapes["labels"]) == ((2, 7, 40, 32), (2, 40, 32))
@@ -70,109 +92,147 @@ def test_hooks_are_gone_after_a_failure():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_every_product_in_the_image_was_recorded(variant):
+def test_every_product_in_a_diagram_was_recorded(variant):
     model, shapes = variant
     known = set(shapes.values()) | {shape[1:] for shape in shapes.values()}
     known |= {shapes["encoder.spectral_prompt.filter"][:3]} if model.encoder.spectral_prompt else set()
     known |= {tuple(model.encoder.visual.patch_size), (3, 3)}  # patches; windows of the decoder
     known |= {(shapes["encoder.visual.ln_post"][1], shapes["encoder.visual.proj"][1])}  # projected tokens
-    known |= {shapes[name][1:3] for name in shapes if name.endswith("hilo.low")}  # the padded grid
     known |= {(shapes["encoder.run_block"][1] + shapes["encoder.deep_prompts"][1], shapes["encoder.deep_prompts"][2])}
-    known |= {(*shapes["irfft2"][1:3], shapes["rfft2"][3])} if "rfft2" in shapes else set()
-    for figure in figures_of(model, shapes):
-        written = " ".join(text.get_text() for text in figure.axes[0].texts)
+    for svg in diagrams_of(model, shapes):
+        written = " ".join(texts_of(svg))
         found = {tuple(map(int, product.split("×"))) for product in re.findall(r"\d+(?:×\d+)+", written)}
         assert len(found) >= 3 and found <= known
 
 
-def test_method_names_what_the_model_has(variant):
+def test_the_diagram_shows_the_shapes_and_parts_of_the_model(variant):
     model, shapes = variant
-    written = "\n".join(text.get_text() for text in draw_method(model, shapes).axes[0].texts)
+    texts = texts_of(draw_method(model, shapes))
+    written = "\n".join(texts)
+    for name in (
+        "images",
+        "encoder.visual.ln_pre",
+        "encoder",
+        "masks",
+        "resized",
+        "labels",
+        "decoder.query_projection",
+    ):
+        assert times(shapes[name][1:]) in written, name
     blocks, layers = len(model.encoder.visual.transformer.resblocks), len(model.decoder.layers)
-    assert all(f"\n{number}\n" in written for number in range(1, blocks + 1)) and f"\n{blocks + 1}\n" not in written
+    assert [text for text in texts if text.isdigit()] == [str(number) for number in range(1, blocks + 1)]
     assert f"decoder layer × {layers + 1}" in written and ("feed-forward" in written) == (layers > 0)
     assert ("spectral prompt" in written) == (model.encoder.spectral_prompt is not None)
     assert f"{sum(p.numel() for p in model.trained_tensors().values()) / 1e6:.2f} million" in written
+    assert f"{shapes['text'][0]} classes" in written
 
 
-def test_text_is_large_enough_and_nothing_overlaps(variant):
-    for figure in figures_of(*variant):
-        axis, renderer = figure.axes[0], figure.canvas.get_renderer()
-        assert figure.get_figwidth() == 7
-        extents = [(text, text.get_window_extent(renderer)) for text in axis.texts if text.get_text()]
-        assert min(text.get_fontsize() for text, _ in extents) >= 6
-        for text, extent in extents:
-            assert figure.bbox.x0 <= extent.x0 and extent.x1 <= figure.bbox.x1, text.get_text()
-            assert figure.bbox.y0 <= extent.y0 and extent.y1 <= figure.bbox.y1, text.get_text()
-        for (first, one), (second, other) in combinations(extents, 2):
-            assert not one.padded(-1).overlaps(other.padded(-1)), (first.get_text(), second.get_text())
+def test_boxes_are_coloured_by_what_is_trained(tiny):
+    model, shapes = tiny
+
+    def kinds():
+        groups = ElementTree.fromstring(draw_method(model, shapes)).iter(f"{SVG}g")
+        return {"".join(group.itertext()).strip(): group.get("class") for group in groups if group.get("class")}
+
+    before = kinds()
+    assert before["LayerNorm of prompts"] == "learned" and before["CLIP’s last LayerNorm"] == "frozen"
+    assert before["L2 normalization"] == "plain" and before["1"] == "frozen"
+    model.encoder.visual.ln_post.weight.requires_grad_(True)
+    try:
+        assert kinds() == {**before, "CLIP’s last LayerNorm": "learned"}
+    finally:
+        model.encoder.visual.ln_post.weight.requires_grad_(False)
 
 
-def test_text_in_boxes_fits(variant):
-    for figure in figures_of(*variant):
-        axis, renderer = figure.axes[0], figure.canvas.get_renderer()
-        boxes = [patch for patch in axis.patches if patch.get_gid()]
-        inside = [text for text in axis.texts if text.get_gid() == "in box" and text.get_text()]
-        for patch, text in zip(boxes, inside, strict=True):
-            assert patch.get_gid() == text.get_text()
-            frame, extent = patch.get_window_extent(renderer), text.get_window_extent(renderer)
-            assert frame.x0 < extent.x0 and extent.x1 < frame.x1, text.get_text()
+def test_every_placeholder_is_filled_and_unknown_ones_are_named(variant):
+    for svg in diagrams_of(*variant):
+        assert not PLACEHOLDER.search(svg)
+        assert not re.search(r"[{}]", re.sub(r"<style>.*?</style>", "", svg, flags=re.DOTALL))
+        assert ElementTree.fromstring(svg).tag == f"{SVG}svg"
+    with pytest.raises(UserError, match=r"block_prompts.svg: no value for the placeholders \['middle'\]"):
+        fill_template("block_prompts.svg", {"midle": 1})
+    with pytest.raises(UserError, match="missing"):
+        fill_template("methods.svg", {})
 
 
-def test_other_text_keeps_out_of_boxes(variant):
-    for figure in figures_of(*variant):
-        axis, renderer = figure.axes[0], figure.canvas.get_renderer()
-        boxes = [patch.get_window_extent(renderer) for patch in axis.patches if patch.get_gid()]
-        for text in axis.texts:
-            if text.get_gid() != "in box" and text.get_text() not in ("", "❄"):
-                extent = text.get_window_extent(renderer).padded(-1)
-                assert not any(box.overlaps(extent) for box in boxes), text.get_text()
+def test_every_template_is_used():
+    source = (ROOT / "sptseg/paper/diagram.py").read_text(encoding="utf-8")
+    for path in asset_path("templates").iterdir():
+        stem = re.sub("_(sgd|zegclip)$", "_", path.stem)
+        assert re.search(rf'"{stem}(\.svg"|"|\{{)', source), path.name
+
+
+@lru_cache
+def font(size, bold):  # DejaVu Sans is wider than the other fonts that the templates name
+    weight = "bold" if bold else "normal"
+    return ImageFont.truetype(font_manager.findfont(f"DejaVu Sans:weight={weight}"), size)
+
+
+def extent(text):
+    """Left and right end of a text element."""
+    title = text.get("class") == "title"
+    width = font(18 if title else 14, title).getlength("".join(text.itertext()))
+    return float(text.get("x")), width
+
+
+def test_text_fits_into_boxes_and_lies_within_the_diagram(variant):
+    for svg in diagrams_of(*variant):
+        root = ElementTree.fromstring(svg)
+        for group in root.iter(f"{SVG}g"):
+            rect = group.find(f"{SVG}rect")
+            if group.get("class") in ("learned", "frozen", "plain"):
+                left, right = float(rect.get("x")), float(rect.get("x")) + float(rect.get("width"))
+                for text in group.findall(f"{SVG}text"):
+                    if text.get("x"):  # the others are rotated
+                        middle, width = extent(text)
+                        assert left + 2 < middle - width / 2 and middle + width / 2 < right - 2, texts_of(svg)
+        inside = {text for group in root.iter(f"{SVG}g") if group.get("class") != "panel" for text in group}
+        for text in set(root.iter(f"{SVG}text")) - inside:
+            start, width = extent(text)
+            start -= {"middle": width / 2, "end": width}.get(text.get("class"), 0)
+            assert 0 <= start and start + width <= 1200, "".join(text.itertext())
 
 
 DRAW_TINY = """
 import sys
 from sptseg.paper.diagram import *
 from sptseg.models.segmenter import SegmenterConfig
-figure = draw_method(*hollow_segmenter("glyph-clip", SegmenterConfig(image_size=96)))
-for path in sys.argv[1:]:
-    save_figure(figure, path)
+model, shapes = hollow_segmenter("glyph-clip", SegmenterConfig(image_size=96))
+save_svg(draw_method(model, shapes) + draw_spectral_prompt(model, shapes), sys.argv[1])
 """
 
 
-def test_another_process_and_another_style_give_the_same_bytes(tiny, tmp_path):
-    paths = [tmp_path / "there.png", tmp_path / "there.pdf"]
-    environment = {**os.environ, "PYTHONHASHSEED": "7", "SOURCE_DATE_EPOCH": "1"}
-    subprocess.run([sys.executable, "-c", DRAW_TINY, *map(str, paths)], check=True, env=environment)
-    for there in paths:
-        with plt.style.context({"font.size": 20, "savefig.bbox": "tight", "lines.linewidth": 5, "figure.dpi": 50}):
-            here = save_figure(draw_method(*tiny), tmp_path / f"here{there.suffix}")
-        assert here.read_bytes() == there.read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["here.pdf", "here.png", "there.pdf", "there.png"]
+def test_another_process_gives_the_same_bytes(tiny, tmp_path):
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    subprocess.run([sys.executable, "-c", DRAW_TINY, str(tmp_path / "there.svg")], check=True, env=environment)
+    here = save_svg("".join(diagrams_of(*tiny)), tmp_path / "here.svg")
+    assert here.read_bytes() == (tmp_path / "there.svg").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here.svg", "there.svg"]
 
 
 @pytest.mark.parametrize(("draw", "name"), [(draw_method, "method"), (draw_spectral_prompt, "spectral_prompt")])
-def test_kept_images_are_up_to_date(draw, name, tmp_path):
-    kept = FIGURES / f"{name}.png"
-    again = save_figure(draw(*hollow_segmenter(*VARIANTS["spt-seg"])), tmp_path / kept.name)
-    assert kept.stat().st_size <= 250_000
-    with Image.open(kept) as old, Image.open(again) as new:
-        if old.info["Software"] != new.info["Software"]:
-            pytest.skip(f"{name}.png was drawn by {old.info['Software']}, which may draw other pixels")
-        assert np.array_equal(np.asarray(old.convert("RGB")), np.asarray(new.convert("RGB"))), (
-            "run nbs/80_paper.diagram.ipynb"
-        )
-    assert kept.read_bytes() == again.read_bytes()
+def test_kept_diagrams_are_up_to_date(draw, name):
+    kept = (ROOT / f"figures/{name}.svg").read_text(encoding="utf-8")
+    again = draw(*hollow_segmenter(*VARIANTS["spt-seg"]))
+    assert len(kept) <= 100_000
+    assert without_images(kept) == without_images(again), "run nbs/80_paper.diagram.ipynb"
 
 
-def test_what_cannot_be_drawn_is_refused(tiny, tmp_path):
+def test_a_model_without_spectral_prompt_is_refused():
     with pytest.raises(UserError, match="no spectral prompt"):
         draw_spectral_prompt(*hollow_segmenter(TINY, SegmenterConfig(image_size=96, spectral_blocks="")))
-    with pytest.raises(UserError, match="figure.jpg"):
-        save_figure(draw_method(*tiny), tmp_path / "figure.jpg")
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_learned_filter_can_be_shown(tiny):
-    constant = draw_spectral_prompt(*tiny, torch.ones(12, 7, dtype=torch.complex64))
-    assert "random" in " ".join(text.get_text() for text in draw_spectral_prompt(*tiny).axes[0].texts)
-    assert "random" not in " ".join(text.get_text() for text in constant.axes[0].texts)
+    learned = draw_spectral_prompt(*tiny, torch.ones(12, 7, dtype=torch.complex64))
+    assert "random" in " ".join(texts_of(draw_spectral_prompt(*tiny)))
+    assert "random" not in " ".join(texts_of(learned))
+
+
+@torch.no_grad()
+def test_the_example_does_what_the_spectral_prompt_does():
+    prompt = SpectralPrompt(grid=(8, 8), width=1)
+    maps = spectral_example((8, 8), prompt.spectrum((8, 8))[..., 0])
+    added = prompt(torch.ones(1, 1), torch.from_numpy(maps["H"]).reshape(1, 64, 1), (8, 8))
+    assert np.allclose(maps["S"], added.reshape(8, 8).numpy(), atol=1e-5)
+    assert np.allclose(maps["sum"], maps["H"] + maps["S"])

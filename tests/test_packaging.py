@@ -28,6 +28,7 @@ from sync import ROOT, copy_project, project_files
 CONDA_NAMES = {"pytorch": "torch", "python-build": "build"}  # every other package has the same name in both worlds
 RUN_NOTEBOOKS = sorted((ROOT / "nbs/runs").glob("*.ipynb"))
 RECIPES = sorted((ROOT / "nbs/experiments").rglob("*.yaml"))
+ASSETS = {("data", folder) for folder in ("label_sets", "glyph_clip", "templates")}  # folders that the wheel holds
 
 
 def name_of(path):
@@ -234,7 +235,7 @@ def test_wheel_holds_what_the_run_time_needs_and_nothing_else(wheel):
         path = Path(name)
         if path.parts[0] == "sptseg":
             expected.add(name)
-        elif path.parts[:2] in (("data", "label_sets"), ("data", "glyph_clip")) or name == "data/__init__.py":
+        elif path.parts[:2] in ASSETS or name == "data/__init__.py":
             expected.add("sptseg/assets/" + path.relative_to("data").as_posix())
         elif path.parts[:2] == ("nbs", "experiments") and path.suffix in (".py", ".yaml"):
             expected.add("sptseg/experiments/" + path.relative_to("nbs/experiments").as_posix())
