@@ -111,7 +111,7 @@ test: $(STAMP) ## check that all is in sync and formatted, run every notebook an
 docs: $(STAMP) ## build the documentation site in _site/ and check its links
 	@$(PY) -c 'import mkdocs, material, latex2mathml' 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
-	@echo "site: _site/index.html; its search needs a server: $(PY) -m http.server --directory _site"
+	@echo "site: _site/index.html; search needs a server: python -m http.server --directory _site"
 
 lab: $(STAMP) ## open JupyterLab on the notebooks
 	@echo "make hooks, once, keeps git clean of outputs that change with every run"
@@ -147,7 +147,7 @@ hooks: $(STAMP) ## git and Jupyter hooks: clean on save, merge notebooks, check 
 	pre-commit install
 
 clean: ## remove caches and built packages; environments, data and runs stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .snakemake _proc
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .snakemake _proc _site
 	find nbs sptseg tests data figures -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
 $(ENV)/bin/python:
