@@ -144,7 +144,7 @@ def run_check_reference(arguments: argparse.Namespace) -> int:
     """`sptseg check-reference`."""
     from sptseg.releases.reference import check_reference
 
-    return 0 if check_reference(arguments.folder) else 1
+    return 0 if check_reference(arguments.folder, device=arguments.device) else 1
 
 # %% ../nbs/90_cli.ipynb #52e93ac5
 SETTINGS_HELP = "settings that replace the recipe's, for instance seed=1 iterations=200"
@@ -267,7 +267,8 @@ def make_parser() -> argparse.ArgumentParser:
     convert.add_argument("settings", nargs="*", metavar="key=value", help=SETTINGS_HELP)
     convert.set_defaults(command=run_convert)
     check = commands.add_parser("check-reference", help="compare with vectors recorded from the authors' code")
-    check.add_argument("folder", type=Path, help="folder with manifest.json and the cases")
+    check.add_argument("folder", type=Path, help="folder with manifest.json and the cases, such as tests/reference")
+    check.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
     check.set_defaults(command=run_check_reference)
     return parser
 

@@ -165,7 +165,7 @@ def sample_warnings(
         yield f"{part} samples cannot be used; the first: {found.problems[0]}"
     if blank := int((found.ignored == 1).sum()):
         yield f"{blank:,} of {count:,} images have no labelled pixel at all"
-    if found.ignored_share > (0.9 if 0 in found.labels.raw_gaps else 0.5):
+    if found.ignored_share > (0.9 if 0 in found.labels.unused_numbers else 0.5):
         part = f"{found.ignored_share:.0%} of all pixels have no label (255)"
         yield f"{part}: right only if most of an image is meant to be no class"
 
