@@ -120,7 +120,7 @@ def test_more_processes_than_gpus_are_refused_before_anything_starts(tmp_path, m
 
 def test_a_mistake_in_a_process_is_the_same_line(tmp_path):
     for processes in (1, 2):
-        with pytest.raises(UserError, match=r"^spectral_blocks: '2-1' is no range of blocks within 1-4") as error:
+        with pytest.raises(UserError, match=r"^spectral_blocks: '2-1' is not a range of blocks within 1-4") as error:
             trained(tmp_path / str(processes), spectral_blocks="2-1", n_proc=processes)
         assert "\n" not in str(error.value)
 
