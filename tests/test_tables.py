@@ -119,7 +119,7 @@ def test_mean_spread_and_what_was_not_measured(root):
     add_record(root, "table2/glyphs-20/sgd", 0, None)
     add_record(root, "table1/glyphs-20/spt-seg", 0, 99.0, iterations=1)
     frame = tables.table_frame("table2", "glyphs-20", range(3), root, mark="<{}>")
-    assert frame["hIoU, %"].tolist() == ["<42.0 ± 2.0>", "<42.0>", "n/a", "not measured"]
+    assert frame["hIoU, %"].tolist() == ["<42.0\u00a0±\u00a02.0>", "<42.0>", "n/a", "not measured"]
     assert frame["runs"].tolist() == ["3", "1", "1", "0"]
     assert frame["published hIoU, %"].tolist() == ["84.3", "89.6", "85.5", "90.1"]
     numbers = tables.table_numbers("table2", "glyphs-20", range(3), root)

@@ -7,12 +7,14 @@ __all__ = ['MODEL_KEYS', 'LATEX', 'MEASURES', 'checkout', 'Row', 'read_once', 'c
            'record_path', 'recipe_of_row', 'read_record', 'records_of', 'is_current', 'published_numbers', 'numbers_of',
            'row_numbers', 'table_numbers', 'best_rows', 'printed', 'table_frame', 'facts_of', 'origin_lines',
            'as_markdown', 'in_latex', 'as_latex', 'as_csv', 'write_table', 'clip_scores', 'model_cost',
-           'measure_missing']
+           'measure_missing', 'mean_and_spread', 'demo_table']
 
 # %% ../../nbs/82_paper.tables.ipynb #694cae9e
 import json
 import math
 import re
+import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -268,7 +270,7 @@ def printed(
     spread = numbers.get(f"{column} std")
     digits = 2 if column.endswith(("images/s", "GiB")) else 4
     mean = f"{numbers[column]:.1f}" if percent else f"{float(f'{numbers[column]:.{digits}g}'):g}"
-    return mean if spread is None or pd.isna(spread) else f"{mean} ± {spread:.1f}"
+    return mean if spread is None or pd.isna(spread) else f"{mean}\u00a0±\u00a0{spread:.1f}"
 
 # %% ../../nbs/82_paper.tables.ipynb #a7d7a4db
 def table_frame(
@@ -350,7 +352,16 @@ def as_markdown(
     return "\n".join([*(f"| {' | '.join(cells)} |" for cells in text), "", "\n\n".join(lines), ""])
 
 # %% ../../nbs/82_paper.tables.ipynb #02c080df
-LATEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "–": "--", "−": "$-$", "×": r"$\times$", "<": "$<$", ">": "$>$"}
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "\u00a0": "~",
+    "±": r"$\pm$",
+    "–": "--",
+    "−": "$-$",
+    "×": r"$\times$",
+    "<": "$<$",
+    ">": "$>$",
+}
 LATEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {sign: f"\\{sign}" for sign in "&%#_{}$"}
 
 
@@ -455,3 +466,37 @@ def measure_missing(
             record = {**MEASURES[row.measure](recipe), "recipe": recipe.model_dump(mode="json"), **provenance()}
             written.append(save_json(root / f"data/results/{row.record}.json", record))
     return written
+
+# %% ../../nbs/82_paper.tables.ipynb #34cededb
+def mean_and_spread(
+    values: Sequence[float | None],  # one per run, in percent; None where a benchmark has no such number
+) -> str:  # for instance "52.1 ± 0.8"; one run has no spread
+    """Mean and standard deviation over runs."""
+    if any(value is None for value in values):
+        return "n/a"
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean}\u00a0±\u00a0{statistics.stdev(values):.1f}"  # no line break inside
+
+# %% ../../nbs/82_paper.tables.ipynb #954bc424
+def demo_table(
+    results: dict,  # content of the results file that `nbs/runs/demo.ipynb` writes
+) -> str:  # Markdown: a table, and a line on its origin
+    """Results of the demo: one row per method, mean and spread over seeds."""
+    runs = defaultdict(list)
+    for name, metrics in results["metrics"].items():
+        runs[name.rsplit(", seed ", 1)[0]].append(metrics)
+    lines = ["| glyphs-20, % | " + " | ".join(HEADLINE) + " |", "|---|" + "---|" * len(HEADLINE)]
+    for method, metrics in runs.items():
+        lines.append(
+            f"| {method} | " + " | ".join(mean_and_spread([m[name] for m in metrics]) for name in HEADLINE) + " |"
+        )
+    seeds, recipe = results["seeds"], next(iter(results["recipes"].values()))
+    minutes = statistics.mean(results["seconds"].values()) / 60
+    lines += [
+        "",
+        f"{results['test_images']} test images; seeds {', '.join(map(str, seeds))}"
+        + (" (mean ± standard deviation)" if len(seeds) > 1 else "")
+        + f"; {recipe['iterations']} iterations of {recipe['batch_size']} images, {minutes:.1f} minutes per run;"
+        + f" commit {results['commit']}; command: `{results['command']}`",
+    ]
+    return "\n".join(lines)
