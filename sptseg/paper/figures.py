@@ -317,8 +317,8 @@ def plot_cost(
         (mean, spread), (colour, marker) = mean_spread(values), look_of(method, place)
         draw_point(axis, (cost / 1e9, mean), spread, "y", color=colour, marker=marker, markersize=6)
         axis.annotate(method, (cost / 1e9, mean), (6, 5), textcoords="offset points", color=colour, fontsize=6.5)
-    axis.set(xlabel="multiply-adds of one image, billions", ylabel="hIoU, %", ylim=(0, None))
-    axis.margins(x=0.25)
+    axis.set(xlabel="multiply-adds of one image, billions", ylabel="hIoU, %")
+    axis.set(xlim=(0, 1.35 * max(cost for cost, _ in points.values()) / 1e9), ylim=(0, 1.15 * axis.get_ylim()[1]))
     axis.grid()
     return figure
 
