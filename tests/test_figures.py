@@ -24,7 +24,6 @@ from sptseg.paper.figures import (
     COLUMN,
     PAGE,
     class_order,
-    curve_of,
     filter_images,
     found_records,
     largest_class,
@@ -40,6 +39,7 @@ from sptseg.paper.figures import (
     principal_map,
     read_records,
     save_both,
+    shared_evaluations,
     square_sample,
 )
 from sptseg.recipe import load_recipe
@@ -125,8 +125,8 @@ def test_means_spreads_and_order():
 
 
 def test_curves_hold_only_what_all_runs_have():
-    steps, mean, spread = curve_of([record(30, (10, 20, 30)), record(40, (10, 30))], "mIoU(S)")
-    assert steps.tolist() == [10, 30] and mean.tolist() == [35, 35] and spread[0] == pytest.approx(50**0.5)
+    points = shared_evaluations([record(30, (10, 20, 30)), record(40, (10, 30))])
+    assert points["iteration"].tolist() == [10, 10, 30, 30] and points["mIoU(S)"].tolist() == [30, 40, 30, 40]
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path):

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['COLUMN', 'PAGE', 'SMALL', 'FILES', 'LOOKS', 'METRICS', 'wrapped', 'in_style', 'look_of', 'write_png', 'save_both',
-           'needed_file', 'found_records', 'read_records', 'mean_spread', 'draw_point', 'curve_of', 'plot_curves',
-           'class_order', 'class_spreads', 'plot_classes', 'draw_classes', 'draw_ablation', 'plot_ablations',
-           'plot_cost', 'mixed_images', 'square_sample', 'name_regions', 'plot_qualitative', 'largest_class',
-           'score_rows', 'draw_bars', 'draw_map', 'draw_scores', 'plot_seen_unseen', 'frequency_distance',
-           'radial_mean', 'filter_images', 'draw_amplitudes', 'borders', 'plot_filters', 'record_outputs',
-           'branch_maps', 'principal_map', 'power_by_frequency', 'plot_branches', 'selection_cosines', 'plot_selection']
+           'needed_file', 'found_records', 'read_records', 'mean_spread', 'draw_point', 'shared_evaluations',
+           'plot_curves', 'class_order', 'class_spreads', 'plot_classes', 'draw_classes', 'draw_ablation',
+           'plot_ablations', 'plot_cost', 'mixed_images', 'square_sample', 'name_regions', 'plot_qualitative',
+           'largest_class', 'score_rows', 'draw_bars', 'draw_map', 'draw_scores', 'plot_seen_unseen',
+           'frequency_distance', 'radial_mean', 'filter_images', 'draw_amplitudes', 'borders', 'plot_filters',
+           'record_outputs', 'branch_maps', 'principal_map', 'power_by_frequency', 'plot_branches', 'selection_cosines',
+           'plot_selection']
 
 # %% ../../nbs/83_paper.figures.ipynb #1f81aadd
 import statistics
@@ -22,6 +23,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+import seaborn as sns
 import torch
 from matplotlib import patheffects, style
 from matplotlib.axes import Axes
@@ -166,14 +169,13 @@ def draw_point(
     axis.errorbar(*place, **error, ecolor=look.get("color"), elinewidth=0.8, capsize=0, fmt="none")
 
 # %% ../../nbs/83_paper.figures.ipynb #4e09af55
-def curve_of(
+def shared_evaluations(
     records: Sequence[dict],  # runs of one recipe
-    name: str,  # "mIoU(S)", "mIoU(U)" or "hIoU"
-) -> np.ndarray:  # (3, evaluations): iterations, means, spreads
-    """A metric over the iterations that all runs have evaluations of."""
-    values = [{point["iteration"]: point[name] for point in record["history"]["val"]} for record in records]
-    shared = sorted(set.intersection(*(set(one) for one in values)))
-    return np.array([(step, *mean_spread([one[step] for one in values])) for step in shared]).reshape(-1, 3).T
+) -> pd.DataFrame:  # a row per run and evaluation: "iteration" and the metrics, in percent
+    """The evaluations at iterations that all runs have."""
+    points = pd.DataFrame([point for record in records for point in record["history"]["val"]])
+    counts = points["iteration"].value_counts()
+    return points[points["iteration"].map(counts) == len(records)].sort_values("iteration", ignore_index=True)
 
 # %% ../../nbs/83_paper.figures.ipynb #b0a0485e
 METRICS = {"mIoU(S)": "seen classes", "mIoU(U)": "unseen classes", "hIoU": "harmonic mean"}
@@ -189,13 +191,31 @@ def plot_curves(
     for axis, (metric, title) in zip(axes, METRICS.items(), strict=True):
         for place, (method, records) in enumerate(runs.items()):
             colour, marker = look_of(method, place)
-            steps, mean, spread = curve_of(records, metric)
-            axis.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
-            axis.plot(steps, mean, color=colour, marker=marker, markersize=2.5, label=method)
-            axis.plot(steps[-1:], mean[-1:], color=colour, marker=marker, markersize=6.5, clip_on=False)
+            points, look = shared_evaluations(records), {"color": colour, "marker": marker, "ax": axis}
+            band = {"errorbar": "sd", "err_kws": {"alpha": 0.2, "linewidth": 0}}
+            sns.lineplot(
+                points,
+                x="iteration",
+                y=metric,
+                markersize=2.5,
+                markeredgewidth=0,
+                label=method,
+                legend=False,
+                **band,
+                **look,
+            )
+            last = points[points["iteration"] == points["iteration"].max()]
+            axis.plot(
+                last["iteration"].iloc[0],
+                last[metric].mean(),
+                color=colour,
+                marker=marker,
+                markersize=6.5,
+                clip_on=False,
+            )
         for method, record in levels.items():
             axis.axhline(record["metrics"][metric], color=look_of(method)[0], linestyle="--", label=method)
-        axis.set(title=f"{title}: {metric}", xlabel="iteration", xlim=(0, None), ylim=(0, None))
+        axis.set(title=f"{title}: {metric}", xlabel="iteration", ylabel="", xlim=(0, None), ylim=(0, None))
         axis.grid(axis="y")
         axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     axes[0].set_ylabel("%")
@@ -316,7 +336,8 @@ def plot_cost(
     for place, (method, (cost, values)) in enumerate(points.items()):
         (mean, spread), (colour, marker) = mean_spread(values), look_of(method, place)
         draw_point(axis, (cost / 1e9, mean), spread, "y", color=colour, marker=marker, markersize=6)
-        axis.annotate(method, (cost / 1e9, mean), (6, 5), textcoords="offset points", color=colour, fontsize=6.5)
+        offset = (6, -11 if place % 2 else 5)  # neighbours do not overlap
+        axis.annotate(method, (cost / 1e9, mean), offset, textcoords="offset points", color=colour, fontsize=6.5)
     axis.set(xlabel="multiply-adds of one image, billions", ylabel="hIoU, %")
     axis.set(xlim=(0, 1.35 * max(cost for cost, _ in points.values()) / 1e9), ylim=(0, 1.15 * axis.get_ylim()[1]))
     axis.grid()
