@@ -22,6 +22,7 @@ DIRECTIVES = re.compile(r"\A(#\|[^\n]*\n+)+")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 FENCE = re.compile(r"(^```.*?^```)", re.M | re.S)
 LINK = re.compile(r'(\]\(|src="|href=")(?!/|#|[a-z]+:)([^)#"\s]+)')
+ANCHOR = re.compile(r"(\]\((?:[^)#\s:]*\.md)?#)([^)\s]+)")
 MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
 VARIANT = re.compile(r'<(m[in]) mathvariant="(bold|script|double-struck|fraktur)">([^<]+)</\1>')
 
@@ -57,7 +58,7 @@ def page_path(path: str) -> str:
 
 
 def relink(markdown: str, source: str) -> tuple[str, set[str]]:
-    """Make links to notebooks links to pages; also returns the files of the checkout that the text links to."""
+    """Make links to notebooks links to pages, anchors in lower case; also returns the files linked to."""
     linked, folder = set(), posixpath.dirname(source)
 
     def replace(match):
@@ -68,7 +69,7 @@ def relink(markdown: str, source: str) -> tuple[str, set[str]]:
         return match[1] + posixpath.relpath(page_path(target), folder or ".")
 
     pieces = FENCE.split(markdown)
-    pieces[::2] = [LINK.sub(replace, piece) for piece in pieces[::2]]
+    pieces[::2] = [ANCHOR.sub(lambda m: m[1] + m[2].lower(), LINK.sub(replace, piece)) for piece in pieces[::2]]
     return "".join(pieces), linked
 
 
