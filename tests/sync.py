@@ -61,7 +61,10 @@ def demo_results(root: Path) -> str:
     program = "import json, sys; from sptseg.paper.tables import demo_table; print(demo_table(json.load(sys.stdin)))"
     record = (root / "data/results/demo/demo.json").read_text(encoding="utf-8")
     command = [sys.executable, "-W", "ignore", "-c", program]
-    return subprocess.run(command, cwd=root, input=record, capture_output=True, text=True, check=True).stdout.strip()
+    done = subprocess.run(command, cwd=root, input=record, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"the table of the demo cannot be made:\n{done.stderr}")
+    return done.stdout.strip()
 
 
 GENERATORS = {"notebooks": notebook_map, "results": demo_results}

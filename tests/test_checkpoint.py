@@ -97,3 +97,13 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     torch.save(Dangerous(), checkpoint_path(tmp_path, 1))
     with pytest.raises(UserError, match="damaged checkpoint"):
         load_checkpoint(tmp_path, *make())
+
+
+def test_tensors_of_other_names_are_refused_rather_than_skipped(tmp_path):
+    other = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    save(tmp_path, 7, other, torch.optim.AdamW(other.parameters()))
+    model, optimizer = make()
+    before = model.weight.clone()
+    with pytest.raises(UserError, match="4 tensors do not fit this model, first 0.weight"):
+        load_checkpoint(tmp_path, model, optimizer)
+    assert torch.equal(model.weight, before)

@@ -181,7 +181,7 @@ BAD_SAMPLES = {
 
 
 def refusal_of_samples(row, capsys, monkeypatch, train, val, *settings):
-    benchmark = Benchmark(LabelSet("pets", ("cat", "dog"), unseen=(1,)), train, val)
+    benchmark = Benchmark(LabelSet("two", ("red cat", "red star"), unseen=(1,)), train, val)
     monkeypatch.setitem(BENCHMARKS, "own", lambda name, **options: benchmark)
     line = refusal(capsys, "train", row, "dataset=own", "--quiet", "--out", "run", *settings)
     assert "image 7: " in line and not (row.parent / "run/results.json").exists()

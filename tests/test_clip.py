@@ -61,7 +61,8 @@ def test_the_model_is_frozen_and_knows_its_sizes(tiny):
 
 def test_the_packaged_weights_load(tmp_path):
     clip = load_clip("glyph-clip")
-    assert clip.name == "glyph-clip" and class_embeddings(clip, PETS, cache_dir=tmp_path).shape == (3, clip.embed_dim)
+    known = LabelSet("known", ("red cat", "blue heart", "green star"))
+    assert clip.name == "glyph-clip" and class_embeddings(clip, known, cache_dir=tmp_path).shape == (3, clip.embed_dim)
 
 
 def test_texts_are_encoded_as_open_clip_does_in_any_batch_size(tiny):
@@ -387,3 +388,36 @@ def test_real_clip_gives_the_released_text_embeddings(file, name, monkeypatch):
     labels = load_label_set(name)
     released = load_text_embeddings(SHARED / "text_embeddings" / f"{file}.npy", labels, clip.embed_dim)
     assert (class_embeddings(clip, labels) * released).sum(1).min() > 0.999
+
+
+def test_a_clip_with_values_that_are_not_finite_is_refused(tmp_path):
+    state = dict(load_clip("glyph-clip").model.state_dict())
+    state["visual.proj"] = state["visual.proj"] * float("nan")
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="1 not finite, such as visual.proj"):
+        load_clip("glyph-clip", weights=tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("names", [("water", "road"), ("red cat", "dining table")])
+def test_names_with_unknown_words_are_refused_by_the_built_in_clip(tmp_path, names):
+    with pytest.raises(UserError, match="does not know '.*'; choose another one, for instance clip=ViT-B-16-quickgelu"):
+        class_embeddings(load_clip("glyph-clip"), LabelSet("own", names), cache_dir=tmp_path)
+
+
+def test_names_that_the_text_encoder_cannot_tell_apart_are_refused(tmp_path):
+    labels = LabelSet("own", ("red cat", "blue cat", "Red Cat"))  # the tokenizer ignores case
+    for _ in range(2):
+        with pytest.raises(UserError, match="cannot tell 'red cat' and 'Red Cat' apart; rename one"):
+            class_embeddings(load_clip("glyph-clip"), labels, cache_dir=tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors")), "nothing is cached"
+
+
+def test_cached_embeddings_answer_for_one_activation_only(tiny, tmp_path):
+    before = cache_file(tiny, PETS, tmp_path)
+    block = tiny.model.transformer.resblocks[0]
+    was = block.mlp.gelu
+    block.mlp.gelu = open_clip.transformer.QuickGELU()
+    try:
+        assert cache_file(tiny, PETS, tmp_path) != before
+    finally:
+        block.mlp.gelu = was

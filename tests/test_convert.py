@@ -15,7 +15,7 @@ from sptseg.core import UserError
 from sptseg.evaluation.evaluate import load_model
 from sptseg.models.clip import interpolate_position_embedding, load_clip
 from sptseg.models.segmenter import build_segmenter, load_segmenter, read_segmenter_file
-from sptseg.recipe import Recipe, load_recipe
+from sptseg.recipe import Recipe, load_recipe, recipe_text
 from sptseg.releases.convert import about_equal, convert_checkpoint, load_plainly, summarise_conversion
 from sptseg.releases.names import FIRST_PROMPTS, LAYER, OTHER_PROMPTS, PREFIXES, PROMPTS, read_segmenter
 
@@ -128,7 +128,7 @@ def test_by_command(clips, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     recipe = a_recipe(clips, "zegclip")
     make(recipe, "released.pth")
-    Path("row.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
+    Path("row.yaml").write_text(recipe_text(recipe))
     assert main(["convert", "released.pth", "run", "--recipe", "row.yaml", "num_prompts=5"]) == 1
     assert "num_prompts=4" in capsys.readouterr().err and not Path("run").exists()
     assert main(["convert", "released.pth", "run", "--recipe", "row.yaml"]) == 0

@@ -19,7 +19,14 @@ from sptseg.data.benchmarks import BENCHMARKS, ON_DISK, load_benchmark
 
 RUNS = Path(__file__).resolve().parents[1] / "nbs/runs"
 TINY = {
-    **{"clip": "glyph-clip", "image_size": 32, "num_prompts": 2, "decoder_layers": 1, "iterations": 2},
+    **{
+        "clip": "glyph-clip",
+        "clip_weights": "random",
+        "image_size": 32,
+        "num_prompts": 2,
+        "decoder_layers": 1,
+        "iterations": 2,
+    },
     **{"batch_size": 2, "warmup_iterations": 0, "workers": 0, "eval_every": 2, "checkpoint_every": 1},
 }
 

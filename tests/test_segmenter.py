@@ -292,3 +292,12 @@ def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_segmenter(saved, make(), clip="tiny")
     assert saved.read_bytes() == before and [path.name for path in saved.parent.iterdir()] == ["model.safetensors"]
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    model = build_segmenter(make_visual(), METHODS["spt-seg"].model_copy(update={"image_size": 32}))
+    with torch.no_grad():
+        model.decoder.layers[0].linear1.weight[0, 0] = float("inf")
+    path = save_segmenter(tmp_path / "m.safetensors", model, clip="tiny")
+    with pytest.raises(UserError, match="1 tensors are not finite, first decoder.layers.0.linear1.weight"):
+        read_segmenter_file(path)

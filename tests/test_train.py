@@ -237,7 +237,7 @@ def test_a_folder_in_which_nothing_was_trained_takes_another_recipe(tmp_path):
     with pytest.raises(UserError, match="spectral_blocks"):
         train(tiny(spectral_blocks="2-1"), tmp_path, progress=False)
     train(tiny(), tmp_path, progress=False)
-    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["spectral_blocks"] is None
+    assert "spectral_blocks" not in yaml.safe_load((tmp_path / "recipe.yaml").read_text())
 
 
 def test_a_finished_run_gives_its_results_without_training(tmp_path, monkeypatch):
@@ -400,3 +400,37 @@ def test_data_may_move_between_two_parts_of_a_run(tmp_path):
 def test_phases_share_the_iterations():
     assert phases(tiny(iterations=7)) == [(0, 7, "inductive")]
     assert phases(tiny(iterations=7, setting="transductive")) == [(0, 3, "inductive"), (3, 7, "transductive")]
+
+
+def test_a_failing_evaluation_costs_no_iteration(tmp_path, monkeypatch):
+    whole = weights_of(tmp_path / "whole", iterations=4, eval_every=2, checkpoint_every=4)
+    with monkeypatch.context() as patch:
+        patch.setattr("sptseg.training.loop.evaluate_run", lambda run: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            weights_of(tmp_path / "broken", iterations=4, eval_every=4, checkpoint_every=4)
+        assert newest(tmp_path / "broken")["iteration"] == 4
+    assert weights_of(tmp_path / "broken", iterations=4, eval_every=4, checkpoint_every=4) == whole
+    history = json.loads((tmp_path / "broken" / RESULTS).read_text())["history"]
+    assert [row["iteration"] for row in history["val"]] == [4] and len(history["train"]) == 4
+
+
+def test_a_warm_up_longer_than_the_run_is_noticed(tmp_path):
+    with pytest.warns(
+        UserWarning, match=r"warmup_iterations 1500: the rate reaches only \d% of lr; set warmup_iterations"
+    ):
+        train(tiny(warmup_iterations=1500), tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("value", ["", False, True])
+def test_ambiguous_ways_to_write_no_spectral_blocks_are_refused(value):
+    with pytest.raises(UserError, match="is ambiguous; write none for no prompts"):
+        tiny(spectral_blocks=value)
+
+
+def test_none_means_no_spectral_prompts(tmp_path):
+    assert main(["train", "demo/smoke", "spectral_blocks=", "--out", str(tmp_path / "a")]) != 0
+    recipe = tiny(spectral_blocks="none")
+    assert recipe.segmenter_config().spectral_blocks == "" and tiny(spectral_blocks=1).spectral_blocks == "1"
+    train(recipe, tmp_path / "b", progress=False)
+    assert "spectral_blocks: none" in (tmp_path / "b/recipe.yaml").read_text()
+    assert recipe_of_run(tmp_path / "b") == recipe

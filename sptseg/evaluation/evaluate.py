@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from ..core import provenance, save_json
+from ..core import provenance, read_yaml, save_json
 from ..data.benchmarks import Benchmark, load_benchmark
 from ..data.label_sets import LabelSet, label_to_train_id
 from ..data.transforms import EvalTransform, SegmentationData
@@ -28,7 +28,7 @@ from ..inference.windows import predict_labels, resize_masks
 from ..models.clip import ClipModel, class_embeddings, load_clip, load_text_embeddings
 from ..models.encoder import embed_patches
 from ..models.segmenter import Segmenter, load_segmenter, read_segmenter_file
-from ..recipe import Recipe, load_recipe
+from ..recipe import Recipe, check_recipe, recipe_path
 
 # %% ../../nbs/51_evaluation.evaluate.ipynb #f60046c9
 def benchmark_of(
@@ -155,10 +155,11 @@ def recipe_of_run(
     **overrides,  # keys that replace those of its recipe
 ) -> Recipe:  # another dataset does not inherit the folder and the texts of the run's own
     """The recipe of a run, for an evaluation on its own benchmark or another one."""
-    own = load_recipe(Path(run) / "recipe.yaml")
-    moved = overrides.get("dataset", own.dataset) != own.dataset
+    path = recipe_path(Path(run) / "recipe.yaml")
+    own = {key: value for key, value in read_yaml(path).items() if value is not None}
+    moved = overrides.get("dataset", own["dataset"]) != own["dataset"]
     elsewhere = {"data_root": None, "text_embeddings": None, "val_images": None} if moved else {}
-    return load_recipe(Path(run) / "recipe.yaml", **{**elsewhere, **overrides})
+    return check_recipe({**own, **elsewhere, **overrides}, str(path))
 
 # %% ../../nbs/51_evaluation.evaluate.ipynb #a6451310
 def load_model(

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PLAIN_VISION', 'PLAIN_TEXT', 'DOWNLOAD_ERRORS', 'STORAGES', 'FILE_ERRORS', 'SINGLE_TEMPLATE', 'SCENE_TEMPLATES',
-           'is_plain', 'config_folder', 'clip_config', 'check_activation', 'cache_root', 'source_url', 'check_sha256',
-           'fetch_weights', 'is_torchscript', 'ScriptedModule', 'ArchiveUnpickler', 'make_tensor', 'module_tensors',
-           'read_file', 'read_weights', 'describe_mismatch', 'load_exactly', 'fingerprint', 'tokenizer_for',
-           'ClipModel', 'tokenize_texts', 'find_weights', 'load_clip', 'interpolate_position_embedding', 'prompt_texts',
-           'compute_class_embeddings', 'cache_file', 'class_embeddings', 'load_text_embeddings']
+           'OTHER_CLIP', 'is_plain', 'config_folder', 'clip_config', 'check_activation', 'cache_root', 'source_url',
+           'check_sha256', 'fetch_weights', 'is_torchscript', 'ScriptedModule', 'ArchiveUnpickler', 'make_tensor',
+           'module_tensors', 'read_file', 'read_weights', 'describe_mismatch', 'load_exactly', 'fingerprint',
+           'tokenizer_for', 'ClipModel', 'tokenize_texts', 'find_weights', 'load_clip',
+           'interpolate_position_embedding', 'prompt_texts', 'compute_class_embeddings', 'check_vocabulary',
+           'check_distinct', 'cache_file', 'class_embeddings', 'load_text_embeddings']
 
 # %% ../../nbs/30_models.clip.ipynb #3dd260ab
 import hashlib
@@ -251,11 +252,12 @@ def describe_mismatch(
     wanted: dict[str, Tensor],  # a module's state
     found: dict[str, Tensor],  # the tensors to load
 ) -> str:  # for instance "1 missing, such as proj"; empty if names and shapes agree
-    "Compare the names and shapes of two state dicts."
+    "Compare the names and shapes of two state dicts, and look for values that are not finite."
     wrong = {
         "missing": [key for key in wanted if key not in found],
         "unexpected": [key for key in found if key not in wanted],
         "of another shape": [key for key in found if key in wanted and found[key].shape != wanted[key].shape],
+        "not finite": [key for key in found if not torch.isfinite(found[key]).all()],
     }
     return "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in wrong.items() if keys)
 
@@ -266,7 +268,7 @@ def load_exactly(
     source: str | Path,  # the weights' origin, for the message
     remedy: str = "name the model that these weights belong to",
 ) -> None:
-    "Load weights; any missing, unexpected or misshapen one raises `UserError`."
+    "Load weights; any missing, unexpected, misshapen or non-finite one raises `UserError`."
     if mismatch := describe_mismatch(model.state_dict(), weights):
         raise UserError(f"{source}: the weights do not fit the model ({mismatch}); {remedy}")
     model.load_state_dict(weights)
@@ -434,13 +436,46 @@ def compute_class_embeddings(
     return F.normalize(sentences.unflatten(0, (len(label_set.classes), -1)).mean(1), dim=-1)
 
 # %% ../../nbs/30_models.clip.ipynb #20716aba
+OTHER_CLIP = "choose another one, for instance clip=ViT-B-16-quickgelu clip_weights=openai"
+
+
+def check_vocabulary(
+    clip: ClipModel,
+    label_set: LabelSet,
+) -> None:
+    "Class names with a word that the text encoder has no embedding for raise `UserError`."
+    known = clip.model.token_embedding.weight.abs().sum(1) > 0  # a tiny CLIP has zeros for words it never saw
+    for name in label_set.classes:
+        if unknown := [token for token in clip.tokenizer.encode(name) if not known[token]]:
+            word = clip.tokenizer.decode(unknown[:1]).strip()
+            raise UserError(f"class {name!r}: clip {clip.name!r} does not know {word!r}; {OTHER_CLIP}")
+
+
+def check_distinct(
+    embeddings: Tensor,  # (C, d) unit-norm rows
+    label_set: LabelSet,  # C names
+    clip_name: str,
+) -> Tensor:  # `embeddings`
+    "Two classes with the same embedding raise `UserError`: their masks would always be equal."
+    for index, row in enumerate(embeddings):
+        same = (embeddings[:index] - row).abs().amax(1) < 1e-6
+        if same.any():
+            first, second = label_set.classes[int(same.nonzero()[0])], label_set.classes[index]
+            raise UserError(
+                f"clip {clip_name!r} cannot tell {first!r} and {second!r} apart; rename one, or {OTHER_CLIP}"
+            )
+    return embeddings
+
+
 def cache_file(
     clip: ClipModel,  # hashed by its weights, not its name
     label_set: LabelSet,  # hashed by names and templates
     cache_dir: str | Path | None = None,  # None: `cache_root()`
 ) -> Path:  # may not exist yet
-    "The cache file of a label set's text embeddings; its name is a hash of weights, templates and class names."
-    parts = json.dumps([clip.weights_hash, label_set.templates, label_set.classes])
+    "The cache file of a label set's text embeddings; its name is a hash of all that they depend on."
+    block = clip.model.transformer.resblocks[0]
+    tower = [clip.model.context_length, block.attn.num_heads, type(block.mlp.gelu).__name__]
+    parts = json.dumps([clip.weights_hash, tower, label_set.templates, label_set.classes])
     key = hashlib.sha256(parts.encode()).hexdigest()[:32]
     return Path(cache_dir or cache_root()) / "text" / f"{key}.safetensors"
 
@@ -451,12 +486,13 @@ def class_embeddings(
     *,
     cache_dir: str | Path | None = None,  # None: `cache_root()`
 ) -> Tensor:  # (C, d) float32, unit-norm rows, on the CPU
-    "Text embeddings of all classes, from the cache if it has them."
+    "Text embeddings of all classes, cached; names that CLIP cannot tell apart raise `UserError`."
+    check_vocabulary(clip, label_set)
     file = cache_file(clip, label_set, cache_dir)
     try:
-        return load_file(file)["embeddings"]
+        return check_distinct(load_file(file)["embeddings"], label_set, clip.name)
     except (OSError, SafetensorError, KeyError):  # not there yet, or damaged
-        embeddings = compute_class_embeddings(clip, label_set).cpu()
+        embeddings = check_distinct(compute_class_embeddings(clip, label_set).cpu(), label_set, clip.name)
     try:
         write_atomically(file, lambda path: save_file({"embeddings": embeddings}, path))
     except OSError as error:

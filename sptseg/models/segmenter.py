@@ -132,6 +132,10 @@ def read_segmenter_file(
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read as safetensors ({error}); check the path, or train again") from None
+    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise UserError(
+            f"{path}: {len(broken)} tensors are not finite, first {broken[0]}; use other weights, or train again"
+        )
     if "sptseg" not in metadata:
         raise UserError(f"{path}: not written by sptseg; the authors' checkpoints are read by `sptseg convert`")
     try:

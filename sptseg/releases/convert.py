@@ -17,13 +17,12 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 from ..core import UserError, write_atomically
 from ..models.clip import clip_config, interpolate_position_embedding, load_clip
 from ..models.segmenter import METHODS, Segmenter, SegmenterConfig, save_segmenter
-from ..recipe import Recipe
+from ..recipe import Recipe, recipe_text
 from .names import FIRST_PROMPTS, OTHER_PROMPTS, part, read_segmenter, translate_state
 
 # %% ../../nbs/71_releases.convert.ipynb #f315f180
@@ -182,7 +181,7 @@ def write_folder(
     with TemporaryDirectory() as folder:
         weights = save_segmenter(Path(folder, "model.safetensors"), model, clip=recipe.clip, **notes)
         text = Path(folder, "recipe.yaml")
-        text.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        text.write_text(recipe_text(recipe), encoding="utf-8")
         for file in (weights, text):
             target = out / file.name
             if target.exists() and target.read_bytes() != file.read_bytes():

@@ -59,15 +59,20 @@ def read_checkpoint(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> tuple[int, dict]:  # iterations done and history
-    """Restore model and optimizer from one file; a damaged one raises `UserError`."""
+    """Restore model and optimizer from one file; a damaged or unsuitable one raises `UserError`."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"], strict=False)
+        keys = model.load_state_dict(state["model"], strict=False)
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        wrong = [*keys.unexpected_keys, *(name for name in trained if name in keys.missing_keys)]
         optimizer.load_state_dict(state["optimiser"])
-        return state["iteration"], state["history"]
     except (RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
         problem = shorten(f"{type(error).__name__}: {error}", 100)
         raise UserError(f"{path}: damaged checkpoint ({problem}); delete it to continue without it") from None
+    if wrong:
+        problem = f"{len(wrong)} tensors do not fit this model, first {wrong[0]}"
+        raise UserError(f"{path}: {problem}; continue with the recipe and version that wrote it, or delete it")
+    return state["iteration"], state["history"]
 
 
 def load_checkpoint(

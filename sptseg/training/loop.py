@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'WEIGHTS', 'BEST', 'RESULTS', 'BatchSampler', 'train_loader', 'set_iteration_seed', 'make_optimizer',
-           'claim_folder', 'peak_memory', 'Run', 'compute_gradients', 'step', 'best_evaluation', 'note_on_seen_classes',
-           'log_samples', 'figure_array', 'evaluate_run', 'save_weights', 'record', 'determinism', 'make_accelerator',
-           'finish', 'read_results', 'iterate', 'train_here', 'train']
+           'claim_folder', 'peak_memory', 'Run', 'compute_gradients', 'step', 'evaluation_is_due', 'save_state',
+           'best_evaluation', 'note_on_seen_classes', 'log_samples', 'figure_array', 'evaluate_run', 'save_weights',
+           'evaluate_now', 'record', 'determinism', 'make_accelerator', 'finish', 'read_results', 'iterate',
+           'train_here', 'train']
 
 # %% ../../nbs/62_training.loop.ipynb #a684fc48
 import json
@@ -15,6 +16,7 @@ import os
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -22,7 +24,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
@@ -47,7 +48,7 @@ from sptseg.evaluation.evaluate import (
 from ..evaluation.metrics import summarise
 from ..models.segmenter import Segmenter, build_segmenter, save_segmenter
 from ..plots import show_segmentations
-from ..recipe import RUNTIME_KEYS, Recipe, check_recipe, learning_rate, phases
+from ..recipe import RUNTIME_KEYS, Recipe, check_recipe, learning_rate, peak_rate_share, phases, recipe_text
 from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from .launch import in_group, is_main, run_in_processes
 from .losses import pseudo_label, segmentation_loss
@@ -149,7 +150,7 @@ def claim_folder(
     """Write the recipe into the folder; a folder with a run of another recipe raises `UserError`."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; name the folder of a run")
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    text = recipe_text(recipe)
     path = out / RECIPE
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return
@@ -264,6 +265,23 @@ def step(
     return values
 
 # %% ../../nbs/62_training.loop.ipynb #8b382ef6
+def evaluation_is_due(
+    run: Run,
+) -> bool:
+    """Whether the iteration just done ends with an evaluation that is not in the history yet."""
+    recipe, known = run.recipe, [row["iteration"] for row in run.history["val"]]
+    return 0 < run.done not in known and (run.done % recipe.eval_every == 0 or run.done == recipe.iterations)
+
+
+def save_state(
+    run: Run,
+) -> None:
+    """Write a checkpoint, in one process of several."""
+    if run.accelerator.is_main_process:
+        tensors, keep = run.segmenter.trained_tensors(), run.recipe.keep_checkpoints
+        save_checkpoint(run.out, run.done, tensors, run.optimizer, run.history, keep)
+
+
 def best_evaluation(
     history: list[dict],  # evaluations, at least one
     best_by: str,  # name of a metric
@@ -341,6 +359,22 @@ def save_weights(
     save_segmenter(run.out / name, run.segmenter, clip=recipe.clip, **notes)
 
 
+def evaluate_now(
+    run: Run,
+) -> None:
+    """Evaluate, keep the best weights, and print a line."""
+    recipe, evaluations = run.recipe, run.history["val"]
+    evaluations.append({"iteration": run.done, **evaluate_run(run)})
+    newest = evaluations[-1]
+    if run.accelerator.is_main_process and best_evaluation(evaluations, recipe.best_by) is newest:
+        save_weights(run, BEST)
+    if run.progress:
+        place = f"{recipe.method}, iteration {run.done} of {recipe.iterations}"
+        tqdm.write(f"{place}: loss {run.history['train'][-1]['loss']:.2f}, {summarise(newest)}")
+        if note := note_on_seen_classes(evaluations):
+            tqdm.write(f"note: {note}")
+
+
 def record(
     run: Run,
     values: dict[str, float],  # losses of the iteration just done
@@ -349,19 +383,12 @@ def record(
     recipe, done, finished = run.recipe, run.done, run.done == run.recipe.iterations
     run.history["train"].append({"iteration": done, **values})
     run.accelerator.log({f"train/{name}": value for name, value in values.items()} | run.gauges(), step=done)
-    if done % recipe.eval_every == 0 or finished:
-        run.history["val"].append({"iteration": done, **evaluate_run(run)})
-        newest = run.history["val"][-1]
-        if run.accelerator.is_main_process and best_evaluation(run.history["val"], recipe.best_by) is newest:
-            save_weights(run, BEST)
-        if run.progress:
-            place = f"{recipe.method}, iteration {done} of {recipe.iterations}"
-            tqdm.write(f"{place}: loss {values['loss']:.2f}, {summarise(newest)}")
-            if note := note_on_seen_classes(run.history["val"]):
-                tqdm.write(f"note: {note}")
-    if (done % recipe.checkpoint_every == 0 or finished) and run.accelerator.is_main_process:
-        tensors = run.segmenter.trained_tensors()
-        save_checkpoint(run.out, done, tensors, run.optimizer, run.history, recipe.keep_checkpoints)
+    if done % recipe.checkpoint_every == 0 or finished:
+        save_state(run)  # before the evaluation, which may fail
+    if evaluation_is_due(run):
+        evaluate_now(run)
+        if done % recipe.checkpoint_every == 0 or finished:
+            save_state(run)
     run.clock = time.monotonic()
 
 # %% ../../nbs/62_training.loop.ipynb #61bed8c3
@@ -449,6 +476,9 @@ def iterate(
 ) -> None:
     """All iterations that are left."""
     run.segmenter.train()
+    if evaluation_is_due(run):  # the run stopped between a checkpoint and its evaluation
+        evaluate_now(run)
+        save_state(run)
     with tqdm(total=run.recipe.iterations, initial=run.done, desc=run.recipe.method, disable=not run.progress) as bar:
         for first, last, setting in phases(run.recipe):
             if run.done == first:
@@ -489,6 +519,10 @@ def train(
     out = Path(out)
     if is_main():
         claim_folder(out, recipe)
+        if (share := peak_rate_share(recipe)) < 0.5:
+            reached = f"warmup_iterations {recipe.warmup_iterations}: the rate reaches only {share:.0%} of lr"
+            remedy = f"set warmup_iterations below {recipe.iterations // 10}, or train longer"
+            warnings.warn(f"{reached}; {remedy}", stacklevel=2)
     if (out / RESULTS).exists():
         return read_results(out / RESULTS)
     if recipe.n_proc > 1 and not in_group():
