@@ -156,3 +156,9 @@ def test_two_processes_agree_on_the_result_of_all_images(tmp_path):
     mp.spawn(count_in_a_process, args=(str(tmp_path),), nprocs=2)
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert results[0] == results[1] == measured(TOY, *random_maps(3)).as_dict()
+
+
+def test_one_class_is_enough():
+    label = torch.tensor([[0, 0, IGNORE]])
+    scores = measured(LabelSet("one", ("cat",)), torch.zeros_like(label), label).as_dict()
+    assert scores["mIoU"] == scores["pAcc"] == 100 and scores["hIoU"] is None

@@ -19,7 +19,8 @@ from sptseg.cli import main
 from sptseg.core import IGNORE, UserError
 from sptseg.data.benchmarks import Benchmark
 from sptseg.data.label_sets import SETTINGS
-from sptseg.evaluation.evaluate import evaluate_weights, load_parts, recipe_of_run
+from sptseg.evaluation.evaluate import evaluate_weights, load_parts, recipe_of_run, training_free_predictor
+from sptseg.models.clip import load_clip
 from sptseg.recipe import check_recipe, learning_rate, phases
 from sptseg.training.checkpoint import checkpoints
 from sptseg.training.loop import BEST, RESULTS, WEIGHTS, BatchSampler, best_evaluation, note_on_seen_classes, train
@@ -434,3 +435,15 @@ def test_none_means_no_spectral_prompts(tmp_path):
     train(recipe, tmp_path / "b", progress=False)
     assert "spectral_blocks: none" in (tmp_path / "b/recipe.yaml").read_text()
     assert recipe_of_run(tmp_path / "b") == recipe
+
+
+@pytest.mark.parametrize("side", ["height", "width"])
+def test_clip_without_training_looks_at_every_pixel(side):
+    clip = load_clip("glyph-clip")
+    predict = training_free_predictor(
+        clip.visual, torch.nn.functional.normalize(torch.randn(6, clip.embed_dim), dim=-1)
+    )
+    image = torch.randn(1, 3, 103, 103)
+    changed = image.clone()
+    changed.transpose(2, 3 if side == "width" else 2)[:, :, 96:] = 9
+    assert (predict(image, (103, 103)) != predict(changed, (103, 103))).any()

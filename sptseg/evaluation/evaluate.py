@@ -115,11 +115,12 @@ def training_free_predictor(
 
     @torch.inference_mode()
     def predict(image: Tensor, size: tuple[int, int]) -> Tensor:
-        tokens = embed_patches(visual, image, class_embedding_count=1)
+        grid = tuple(-(-side // patch) for side, patch in zip(image.shape[-2:], visual.patch_size, strict=True))
+        whole = tuple(count * patch for count, patch in zip(grid, visual.patch_size, strict=True))
+        tokens = embed_patches(visual, resize_masks(image, whole), class_embedding_count=1)  # patches cover all pixels
         for block in visual.transformer.resblocks:
             tokens = block(tokens)
         patches = F.normalize(visual.ln_post(tokens[:, 1:]) @ visual.proj, dim=-1)
-        grid = tuple(side // patch for side, patch in zip(image.shape[-2:], visual.patch_size, strict=True))
         return resize_masks((patches @ text.T).mT.unflatten(2, grid), size).argmax(1)[0]
 
     return predict

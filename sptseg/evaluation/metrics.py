@@ -148,4 +148,6 @@ class SegmentationMetrics:
 
     def compute(self) -> Scores:  # over everything counted so far, by all processes
         "The results."
-        return scores_from_matrix(self.confusion.compute(), self.label_set)
+        count = len(self.label_set.classes)
+        matrix = self.confusion.compute().view(count, count)  # torchmetrics drops the axes of a single class
+        return scores_from_matrix(matrix, self.label_set)
