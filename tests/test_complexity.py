@@ -26,7 +26,6 @@ from sptseg.paper.complexity import (
     leftover_modules,
     measure_training,
     multiply_adds_by_part,
-    peak_memory,
     product_rate,
     random_images,
     release_detours,
@@ -34,6 +33,7 @@ from sptseg.paper.complexity import (
     vit_b_16,
 )
 from sptseg.recipe import load_recipe
+from sptseg.training.loop import peak_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL_SCALE = ROOT / "tests/reference/full_scale.json"

@@ -299,3 +299,16 @@ def test_make_demo_passes_all_its_seeds():
     words = shlex.split(next(line for line in dry.stdout.replace("\\\n", " ").splitlines() if "papermill" in line))
     parameters = yaml.safe_load(words[words.index("-y") + 1])
     assert parameters == {"seeds": [0, 1, 2], "command": "make demo SEEDS=0,1,2"}
+
+
+def test_a_public_name_means_one_thing():
+    """No function, class or constant of the package has a namesake in another module; `main` is a module's command."""
+    homes = {}
+    for path in sorted((ROOT / "sptseg").rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body if path.stem != "_modidx" else ():
+            targets = node.targets if isinstance(node, ast.Assign) else [node]
+            names = [getattr(target, "name", getattr(target, "id", "_")) for target in targets]
+            for name in names:
+                if not name.startswith("_") and name != "main":
+                    homes.setdefault(name, []).append(path.name)
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}

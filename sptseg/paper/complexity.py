@@ -7,12 +7,11 @@ __all__ = ['PUBLISHED', 'OPERATION_KINDS', 'FVCORE_KINDS', 'ELEMENTWISE', 'RULES
            'leftover_modules', 'count_values', 'ImageScores', 'PlainCLIP', 'shape_of', 'attention_rule', 'fourier_rule',
            'elementwise_rule', 'filter_computed_before', 'count_operations', 'conventions', 'release_detours',
            'cpu_attention', 'cpu_attention_backward', 'torch_counter', 'count_by_torch', 'part_of', 'by_part',
-           'multiply_adds_by_part', 'peak_memory', 'timed', 'random_images', 'train_step', 'measure_training',
-           'count_step', 'product_rate']
+           'multiply_adds_by_part', 'timed', 'random_images', 'train_step', 'measure_training', 'count_step',
+           'product_rate']
 
 # %% ../../nbs/81_paper.complexity.ipynb #dd1242e9
 import math
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -331,17 +330,6 @@ def multiply_adds_by_part(
     return parts.reindex([part for part in dict.fromkeys(PARTS.values()) if part in parts.index])
 
 # %% ../../nbs/81_paper.complexity.ipynb #6e00dc22
-def peak_memory(
-    device: torch.device,
-) -> int:  # bytes
-    """The most memory this process has held so far: of the GPU, or the process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # does not exist on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def timed(
     function: Callable[[], object],
     device: torch.device,

@@ -13,7 +13,6 @@ __all__ = ['RECIPE', 'WEIGHTS', 'BEST', 'RESULTS', 'BatchSampler', 'train_loader
 import json
 import math
 import os
-import resource
 import sys
 import time
 import warnings
@@ -169,6 +168,8 @@ def peak_memory(
     """The largest memory use so far: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # does not exist on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
