@@ -217,7 +217,8 @@ def run_row(
     with lock:
         if earlier := set_aside(recipe, seed):
             say(f"changed  {recipe}, seed {seed}: the run of the earlier recipe is now {earlier}")
-        again = " (continues)" if any(out.glob("checkpoint-*.pt")) else ""
+        begun = any(out.glob("checkpoint-*.pt")) or (out / "results.json").exists()  # trained, but without a record
+        again = " (continues)" if begun else ""
         return run_reported(f"{recipe}, seed {seed}{again}", f"{out}.ipynb", command)
 
 # %% ../../nbs/84_paper.batch.ipynb #3273b08e
