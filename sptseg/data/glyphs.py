@@ -282,7 +282,7 @@ def caption(
     grounds: Sequence[str] = (),  # of `GROUND_NAMES`; may be left out, as captions do
     wording: str = WORDINGS[0],  # where "a {}" stands for the list
 ) -> str:  # for instance "a picture of a red cat and a blue star on grey stripes."
-    """What one could say about an image."""
+    """A sentence that describes an image."""
 
     def listed(names):
         return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
