@@ -1,6 +1,6 @@
 # Every command of the project in one word; `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help install demo tables table1 table2 table3 table4 losses options efficiency figures dry test docs lab wheel lock export check lint format hooks clean
+.PHONY: help install demo tables table1 table2 table3 table4 losses options efficiency figures dry gpu test docs lab wheel lock export check lint format hooks clean
 
 # An active environment is used as it is (conda's base is left alone); otherwise .venv is made here.
 PYTHON ?= python3
@@ -95,6 +95,9 @@ figures: $(STAMP) ## all figures, from the runs that they need
 
 dry: $(STAMP) ## what `make tables` would run, or another target: make dry TARGET=table2
 	$(call batch,$(TARGET),--dry-run)
+
+gpu: $(STAMP) ## measure what needs a GPU, part by part (PARTS="environment demo": only these)
+	$(PY) -m sptseg.paper.gpu $(PARTS)
 
 test: $(STAMP) ## check that all is in sync and formatted, run every notebook and every test
 	@echo "== 1/4 notebooks are clean; library and README are in sync with them"

@@ -136,7 +136,9 @@ def use_bar_lines() -> None:
 
 # %% ../nbs/01_core.ipynb #7c3ecd9f
 def git_commit() -> str | None:  # for instance "1f3c2ab" or "1f3c2ab+changes"; None outside a git checkout
-    """The commit that the running code was checked out from."""
+    """The commit that the running code was checked out from, or `SPTSEG_COMMIT` of the environment."""
+    if commit := os.environ.get("SPTSEG_COMMIT"):
+        return commit
     folder = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 
     def git(*arguments):
