@@ -36,9 +36,7 @@ def read_parts(
     names: Sequence[str] = (),  # parts to select, in the order of the file; none: all
 ) -> list[Part]:
     """Read the list of parts; an unknown name raises `UserError`."""
-    known = {
-        name: Part(name, **entry) for name, entry in read_yaml(asset_path("gpu/parts.yaml", "experiments")).items()
-    }
+    known = {name: Part(name, **entry) for name, entry in read_yaml(asset_path("gpu.yaml")).items()}
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"gpu: unknown part {unknown[0]!r}; choose from {', '.join(known)}")
     return [part for name, part in known.items() if not names or name in names]
