@@ -28,7 +28,7 @@ from sync import ROOT, copy_project, project_files
 CONDA_NAMES = {"pytorch": "torch", "python-build": "build"}  # every other package has the same name in both worlds
 RUN_NOTEBOOKS = sorted((ROOT / "nbs/runs").glob("*.ipynb"))
 RECIPES = sorted((ROOT / "nbs/experiments").rglob("*.yaml"))
-ASSETS = {("data", folder) for folder in ("label_sets", "glyph_clip", "templates")}  # folders that the wheel holds
+ASSETS = {("data", name) for name in ("gpu.yaml", "label_sets", "glyph_clip", "templates")}  # what the wheel holds
 
 
 def name_of(path):
