@@ -67,8 +67,8 @@ def colours_by_name(
 
 
 def label_palette(
-    classes: int | Sequence[str],  # C, at most 254, or the names of the C classes
-) -> np.ndarray:  # (256, 3) uint8, RGB; row `IGNORE` is white
+    classes: int | Sequence[str],  # C, or the names of the C classes
+) -> np.ndarray:  # (256, 3) uint8, RGB, row `IGNORE` is white; beyond 255 classes (C, 3)
     """A colour for every class id; names that all begin with a colour choose it."""
     names = () if isinstance(classes, int) else classes
     if names and all(name.split()[0] in COLOUR_WORDS for name in names):
@@ -77,7 +77,7 @@ def label_palette(
         ids = np.arange(len(names) or classes)
         hue, value = (ids * 0.61803398875) % 1.0, np.where(ids % 2, 0.95, 0.72)
         colours = plt.cm.hsv(hue)[:, :3] * value[:, None] * 0.85 + 0.1 * value[:, None]
-    palette = np.full((256, 3), 255, np.uint8)
+    palette = np.full((max(256, len(colours)), 3), 255, np.uint8)
     palette[: len(colours)] = (colours * 255).round().astype(np.uint8)
     return palette
 

@@ -28,7 +28,8 @@ from sync import ROOT, copy_project, project_files
 CONDA_NAMES = {"pytorch": "torch", "python-build": "build"}  # every other package has the same name in both worlds
 RUN_NOTEBOOKS = sorted((ROOT / "nbs/runs").glob("*.ipynb"))
 RECIPES = sorted((ROOT / "nbs/experiments").rglob("*.yaml"))
-ASSETS = {("data", name) for name in ("gpu.yaml", "label_sets", "glyph_clip", "templates")}  # what the wheel holds
+PARTS = ("gpu.yaml", "label_sets", "glyph_clip", "templates", "models", "examples")
+ASSETS = {("data", name) for name in PARTS}  # what the wheel holds
 
 
 def name_of(path):

@@ -276,14 +276,14 @@ def load_exactly(
 # %% ../../nbs/30_models.clip.ipynb #c6ea58b9
 def fingerprint(
     model: torch.nn.Module,  # a CLIP
-) -> str:  # 16 hexadecimal digits
+) -> str:  # 64 hexadecimal digits
     "A hash of all weights in float32."
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         if not name.startswith("logit_"):
             digest.update(name.encode())
             digest.update(value.detach().float().cpu().contiguous().numpy().data)
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
 
 # %% ../../nbs/30_models.clip.ipynb #842637c1
 @lru_cache

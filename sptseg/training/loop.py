@@ -40,6 +40,7 @@ from sptseg.evaluation.evaluate import (
     biased_classes,
     eval_loader,
     evaluate,
+    file_notes,
     load_parts,
     predict_samples,
     segmenter_predictor,
@@ -190,7 +191,7 @@ class Run:
         self.share = {"rank": accelerator.process_index, "processes": accelerator.num_processes}
         with accelerator.local_main_process_first():  # CLIP may have to be downloaded
             self.benchmark, clip, text = load_parts(recipe)
-        self.text = text.to(accelerator.device)
+        self.text, self.clip_sha256 = text.to(accelerator.device), clip.weights_hash
         torch.manual_seed(recipe.seed)
         self.segmenter = build_segmenter(clip.visual, recipe.segmenter_config())
         self.segmenter.encoder.checkpointing = recipe.gradient_checkpointing
@@ -356,8 +357,11 @@ def save_weights(
 ) -> None:
     """Save the current weights."""
     recipe = run.recipe
-    notes = {"method": recipe.method, "dataset": recipe.dataset, "setting": recipe.setting}
-    save_segmenter(run.out / name, run.segmenter, clip=recipe.clip, **notes)
+    newest = run.history["val"][-1] if run.history["val"] else {}
+    metrics = {key: value for key, value in newest.items() if newest["iteration"] == run.done and key != "iteration"}
+    notes = file_notes(recipe, run.benchmark.labels, run.clip_sha256)
+    notes |= {"metrics": metrics, "provenance": run.origin}
+    save_segmenter(run.out / name, run.segmenter, clip=recipe.clip, embeddings=run.text, **notes)
 
 
 def evaluate_now(
