@@ -174,7 +174,8 @@ def test_published_archives_are_checked_by_their_checksums(root):
         assert str(root / name) in said and digest[4:] in said
         prepare(root)
         (root / name).unlink()
-        (root / "VOC2012/ImageSets/Segmentation/aug.txt").unlink()
+        for split in ("aug", "trainaug"):
+            (root / f"VOC2012/ImageSets/Segmentation/{split}.txt").unlink()
         shutil.rmtree(root / "benchmark_RELEASE")
 
 
@@ -190,6 +191,63 @@ def test_counts_are_those_of_the_protocol(root, monkeypatch):
     assert prepare_voc(root, progress=False)["trainaug"] == 12
 
 
+def passed_around(root, folder):
+    """A prepared dataset as it is passed around: all masks and trainaug.txt, but neither aug.txt nor archives."""
+    shutil.copytree(root / "VOC2012", folder / "VOCdevkit/VOC2012", ignore=shutil.ignore_patterns("aug.txt", ".*"))
+    base = folder / "VOCdevkit/VOC2012"
+    for mask in (base / "SegmentationClass").glob("2007*"):  # masks of training images, which are not used
+        (base / "SegmentationClassAug" / mask.name).write_bytes(encode(np.full((3, 3), 7, np.uint8)))
+    union = base / "ImageSets/Segmentation/trainaug.txt"
+    union.write_text("\n".join(random.Random(2).sample(union.read_text().split(), 12)))
+    return base, union
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_folder_without_sbd_is_accepted(miniature, root, tmp_path, prepared):
+    _, lists, masks = miniature
+    prepare(root)
+    folder = tmp_path / "given"
+    base, union = passed_around(root, folder)
+    before = sorted(folder.rglob("*"))
+    if prepared:
+        assert prepare(folder) == {"train": 6, "aug": 6, "trainaug": 12, "val": 6}
+    assert sorted(folder.rglob("*")) == before, "nothing is added"
+    samples = voc_samples(folder, "train")
+    assert [sample.name for sample in samples] == lists["train"] + sorted(lists["aug"])
+    assert all(torch.equal(sample.mask.int(), as_labels(masks[sample.name]).int()) for sample in samples)
+    base.joinpath("ImageSets/Segmentation/aug.txt").write_text("\n".join(lists["aug"][1:]))
+    assert len(voc_samples(folder, "train")) == 11, "aug.txt counts where it exists"
+
+
+def test_a_folder_without_sbd_is_checked(miniature, root, tmp_path, monkeypatch):
+    _, lists, _ = miniature
+    prepare(root)
+    folder = tmp_path / "given"
+    base, union = passed_around(root, folder)
+    names = union.read_text()
+    for wrong, words in [
+        (f"{names}\n2008_000003", "2008_000003 is in both aug and val"),
+        (names.replace("2007_000004", ""), "lacks 2007_000004 of train.txt (1 such names)"),
+        ("\n".join(lists["train"]), "adds no name to train.txt"),
+        (f"{names}\n2009_000099", "2009_000099"),
+    ]:
+        union.write_text(wrong)
+        for said in (message(prepare, folder), message(voc_samples, folder, "train")):
+            assert str(base) in said and words in said
+    union.write_text(names)
+    monkeypatch.setattr(voc, "VOC_COUNTS", dict(train=6, val=6, aug=7, trainaug=13))
+    said = message(prepare_voc, folder, progress=False)
+    assert f"{union}: names besides those of train.txt: found 6, expected 7" in said
+    mask = base / "SegmentationClassAug/2009_000000.png"
+    Image.fromarray(voc_palette()[np.asarray(Image.open(mask))]).save(mask)
+    for said in (message(prepare, folder), message(voc_samples, folder, "train")):
+        assert str(mask) in said and "3 channels" in said
+    mask.unlink()
+    for said in (message(prepare, folder), message(voc_samples, folder, "train")):
+        assert said.startswith(f"{mask} does not exist (1 of ")
+    assert SBD_ARCHIVE.url in message(prepare, folder)
+
+
 def test_a_list_that_leaks_test_images_is_refused(root):
     prepare(root)
     file = root / "VOC2012/ImageSets/Segmentation/aug.txt"
@@ -198,6 +256,8 @@ def test_a_list_that_leaks_test_images_is_refused(root):
         file.write_text(f"{names}{leaked}\n")
         assert str(file) in (said := message(prepare, root)) and leaked in said
     file.unlink()
+    assert prepare(root)["aug"] == 6 and not file.exists(), "trainaug.txt is enough"
+    (root / "VOC2012/ImageSets/Segmentation/trainaug.txt").unlink()
     assert prepare(root)["aug"] == 6 and file.read_text() == names
 
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VOC_ARCHIVE', 'SBD_ARCHIVE', 'VOC_COUNTS', 'SOURCES', 'voc_palette', 'read_sbd_mask', 'write_voc_mask',
            'convert_sbd_mask', 'voc_folder', 'list_file', 'voc_files', 'place_voc', 'place_sbd', 'sbd_folder',
-           'provide_voc', 'aug_names', 'provide_aug_list', 'provide_aug', 'check_lists', 'voc_lookup',
-           'check_voc_sample', 'sample_files', 'voc_samples', 'prepare_voc']
+           'provide_voc', 'aug_names', 'aug_list', 'read_split', 'provide_aug_list', 'provide_aug', 'check_disjoint',
+           'check_lists', 'voc_lookup', 'check_voc_sample', 'sample_files', 'voc_samples', 'prepare_voc']
 
 # %% ../../nbs/22_data.voc.ipynb #31edfd5e
 import functools
@@ -166,18 +166,43 @@ def aug_names(
     return sorted(named.difference(voc["train"], voc["val"]))
 
 
+def aug_list(
+    base: Path,  # VOC2012
+) -> Path:  # aug.txt, or trainaug.txt where that one exists alone
+    """Return the file that lists the images with SBD's masks."""
+    aug, union = list_file(base, "aug"), list_file(base, "trainaug")
+    return union if union.is_file() and not aug.is_file() else aug
+
+
+def read_split(
+    base: Path,  # VOC2012
+    split: str,  # "train", "aug" or "val"
+) -> list[str]:  # sorted
+    """Read the names of a list; those of aug may come from trainaug.txt, which must hold all names of train.txt."""
+    file = aug_list(base) if split == "aug" else list_file(base, split)
+    names = set(read_names(file))
+    if split != "aug" or file.stem == "aug":
+        return sorted(names)
+    train, remedy = set(read_names(list_file(base, "train"))), "replace it by the list of all 10,582 training images"
+    if absent := sorted(train - names):
+        raise UserError(f"{file}: lacks {absent[0]} of train.txt ({len(absent):,} such names); {remedy}")
+    if names == train:
+        raise UserError(f"{file}: adds no name to train.txt; {remedy}")
+    return sorted(names - train)
+
+
 def provide_aug_list(
     root: Path,
     sbd: Archive,
     voc: dict[str, list[str]],  # "train" and "val": VOC's names
     provide: Callable[..., int],  # `provide_files`, with its options
 ) -> list[str]:  # sorted
-    """Make aug.txt exist, and return its names."""
-    file, folder = list_file(voc_folder(root), "aug"), sbd_folder(root)
-    if not file.exists():
+    """Return the names of aug, whose list is written from SBD's lists if there is none."""
+    base, folder = voc_folder(root), sbd_folder(root)
+    if not aug_list(base).is_file():
         provide([folder / "train.txt", folder / "val.txt"], sbd, root, folder, place=place_sbd)
-        write_names(file, aug_names(folder, voc))
-    return sorted(read_names(file))
+        write_names(list_file(base, "aug"), aug_names(folder, voc))
+    return read_split(base, "aug")
 
 # %% ../../nbs/22_data.voc.ipynb #456ed1e1
 def provide_aug(
@@ -194,13 +219,29 @@ def provide_aug(
     pairs = voc_files(base, names, "SegmentationClassAug")
     absent = missing_files(mask for _, mask in pairs)
     jobs = [(folder / "cls" / f"{mask.stem}.mat", mask) for mask in absent]
-    provide([source for source, _ in jobs], sbd, root, folder, place=place_sbd)
+    try:
+        provide([source for source, _ in jobs], sbd, root, folder, place=place_sbd)
+    except UserError as error:
+        count = f"{len(absent):,} of {len(pairs):,} masks missing"
+        raise UserError(f"{absent[0]} does not exist ({count}), nor can it be converted: {error}") from None
     options = dict(workers=workers, description="convert SBD masks", progress=progress)
     converted = convert_files(jobs, convert_sbd_mask, **options)
     provide([image for image, _ in pairs], voc, root, base, place=place_voc)
     return converted
 
 # %% ../../nbs/22_data.voc.ipynb #74317392
+def check_disjoint(
+    base: Path,  # VOC2012
+    names: dict[str, Sequence[str]],  # of some of the lists "train", "aug" and "val"
+    remedy: str,
+) -> None:
+    """Refuse lists that share a name."""
+    for first, second in [("aug", "val"), ("train", "val"), ("train", "aug")]:
+        if both := sorted({*names.get(first, ())} & {*names.get(second, ())}):
+            file = aug_list(base) if "aug" in (first, second) else list_file(base, second)
+            raise UserError(f"{file}: {both[0]} is in both {first} and {second} ({len(both):,} such names); {remedy}")
+
+
 def check_lists(
     base: Path,  # VOC2012
     names: dict[str, Sequence[str]],  # "train", "aug", "val"
@@ -209,12 +250,11 @@ def check_lists(
 ) -> None:
     """Refuse lists that overlap or have the wrong length."""
     remedy = f"delete it and run again with {VOC_ARCHIVE.name} and {SBD_ARCHIVE.name}"
-    for first, second in [("aug", "val"), ("train", "val"), ("train", "aug")]:
-        if both := sorted({*names[first]} & {*names[second]}):
-            file = list_file(base, first if first == "aug" else second)
-            raise UserError(f"{file}: {both[0]} is in both {first} and {second} ({len(both):,} such names); {remedy}")
+    check_disjoint(base, names, remedy)
     for split in ("train", "val", "aug"):
-        check_count(f"{list_file(base, split)}", len(names[split]), VOC_COUNTS[split], partial=partial, remedy=remedy)
+        file = aug_list(base) if split == "aug" else list_file(base, split)
+        what = f"{file}: names besides those of train.txt" if file.stem == "trainaug" else f"{file}"
+        check_count(what, len(names[split]), VOC_COUNTS[split], partial=partial, remedy=remedy)
 
 # %% ../../nbs/22_data.voc.ipynb #6211fd2a
 @functools.lru_cache
@@ -231,7 +271,7 @@ def check_voc_sample(
     FileSamples(images=[image], masks=[mask], lookup=voc_lookup())[0]
 
 # %% ../../nbs/22_data.voc.ipynb #59e780ee
-SOURCES = {  # for each split, the lists and the folders of their masks, in order
+SOURCES = {  # for each split, its lists and the folders of their masks, in order
     "train": [("train", "SegmentationClass"), ("aug", "SegmentationClassAug")],
     "val": [("val", "SegmentationClass")],
 }
@@ -241,15 +281,18 @@ def sample_files(
     root: str | Path,  # the dataset's folder
     split: str,  # "train" (10,582 images) or "val"
 ) -> list[tuple[Path, Path]]:  # images and masks, sorted by name within each list
-    """The files of a split; a missing one raises `UserError`."""
+    """List the files of a split; a missing one, and training images that are test images, raise `UserError`."""
     check_split(split)
     base, remedy = voc_folder(root), f"run `sptseg data voc --root {root}`"
     for name, _ in SOURCES[split]:
-        if not list_file(base, name).is_file():
-            raise UserError(f"{list_file(base, name)} does not exist, the dataset is not prepared; {remedy}")
-    pairs = [
-        p for name, masks in SOURCES[split] for p in voc_files(base, sorted(read_names(list_file(base, name))), masks)
+        if not (file := aug_list(base) if name == "aug" else list_file(base, name)).is_file():
+            raise UserError(f"{file} does not exist, the dataset is not prepared; {remedy}")
+    lists = [
+        name for name in ("train", "aug", "val") if name in dict(SOURCES[split]) or list_file(base, name).is_file()
     ]
+    names = {name: read_split(base, name) for name in lists}
+    check_disjoint(base, names, f"delete it and {remedy}")
+    pairs = [pair for name, masks in SOURCES[split] for pair in voc_files(base, names[name], masks)]
     files = [file for pair in pairs for file in pair]
     if missing := missing_files(files):
         raise UserError(f"{missing[0]} does not exist ({len(missing):,} of {len(files):,} files missing); {remedy}")
@@ -260,8 +303,11 @@ def voc_samples(
     root: str | Path,  # the dataset's folder
     split: str,  # "train" (10,582 images) or "val" (1,449)
 ) -> FileSamples:  # of `sptseg.data.transforms.Sample`, with class ids 0..19 and 255
-    """Images and masks of VOC 2012; a folder that is not prepared raises `UserError`."""
-    images, masks = zip(*sample_files(root, split), strict=True)
+    """Return images and masks of VOC 2012; an incomplete folder and invalid masks raise `UserError`."""
+    pairs = sample_files(root, split)
+    for image, mask in pairs[:: max(1, len(pairs) // 8)]:
+        check_voc_sample(image, mask)
+    images, masks = zip(*pairs, strict=True)
     return FileSamples(images=images, masks=masks, lookup=voc_lookup())
 
 # %% ../../nbs/22_data.voc.ipynb #02953f75
