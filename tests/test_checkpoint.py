@@ -84,7 +84,7 @@ def test_model_and_optimiser_come_back(tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     save(tmp_path, 1, *make(4))
-    with pytest.raises(UserError, match="damaged checkpoint .*RuntimeError"):
+    with pytest.raises(UserError, match="2 of another shape, such as weight.; continue with the recipe"):
         load_checkpoint(tmp_path, *make(5))
 
 
@@ -104,6 +104,6 @@ def test_tensors_of_other_names_are_refused_rather_than_skipped(tmp_path):
     save(tmp_path, 7, other, torch.optim.AdamW(other.parameters()))
     model, optimizer = make()
     before = model.weight.clone()
-    with pytest.raises(UserError, match="4 tensors do not fit this model, first 0.weight"):
+    with pytest.raises(UserError, match="2 missing, such as weight; 2 unexpected, such as 0.weight"):
         load_checkpoint(tmp_path, model, optimizer)
     assert torch.equal(model.weight, before)

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from sptseg.core import UserError
 from sptseg.data.label_sets import LabelSet, load_label_set
 from sptseg.models import clip as clip_module
+from sptseg.models import weights as weights_module
 from sptseg.models.clip import (
     SCENE_TEMPLATES,
     SINGLE_TEMPLATE,
     ClipModel,
-    ScriptedModule,
     cache_file,
     class_embeddings,
     fetch_weights,
@@ -26,9 +26,8 @@ from sptseg.models.clip import (
     interpolate_position_embedding,
     load_clip,
     load_text_embeddings,
-    module_tensors,
-    read_weights,
 )
+from sptseg.models.weights import ScriptedModule, module_tensors, read_weights
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 PETS = LabelSet("pets", ("red cat", "blue dog", "green bird"), templates=SCENE_TEMPLATES)
@@ -267,7 +266,7 @@ def test_files_without_a_state_dict_are_refused(tmp_path, content):
 
 def test_a_defect_is_not_reported_as_an_unreadable_file(tiny, tmp_path, monkeypatch):
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    monkeypatch.setattr(clip_module, "load_file", lambda path: path.no_such_attribute)
+    monkeypatch.setattr(weights_module, "load_file", lambda path: path.no_such_attribute)
     with pytest.raises(AttributeError):
         read_weights(tmp_path / "model.safetensors")
 

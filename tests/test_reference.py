@@ -431,8 +431,7 @@ def test_stored_parts_are_cut_out_by_description_or_by_shape():
 
 def test_every_name_of_a_release_is_read_or_accounted_for():
     model = Official(**VARIANTS["one_block_five_layers"])
-    state = {f"module.{name}": tensor for name, tensor in model.state().items()}
-    again, left_out = read_segmenter(state, image_size=10, heads=2, decoder_heads=4)
+    again, left_out = read_segmenter(model.state(), image_size=10, heads=2, decoder_heads=4)
     last = [name for name in left_out if "layers.4." in name and "self_attn" not in name]
     assert len(left_out) == 5 + len(last) and all("last layer" in left_out[name] for name in last)
     images, text = torch.randn(1, 3, 10, 10), texts(3, 24)

@@ -8,7 +8,6 @@ __all__ = ['METHODS', 'EMBEDDINGS', 'SegmenterConfig', 'Segmenter', 'build_segme
 
 # %% ../../nbs/35_models.segmenter.ipynb #5f36057f
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -24,6 +23,7 @@ from ..core import UserError, write_atomically
 from .decoder import Decoder, current_names
 from .encoder import PromptedEncoder, parse_blocks
 from .prompts import DeepPrompts, SpectralPrompt
+from .weights import load_exactly, plain_weights
 
 # %% ../../nbs/35_models.segmenter.ipynb #1546257f
 class SegmenterConfig(BaseModel):
@@ -68,9 +68,6 @@ class Segmenter(nn.Module):
         text: Tensor,  # (C, d) class embeddings, unit-norm
     ) -> Tensor:  # (B, C, h, w) mask logits on the patch grid
         return self.decoder(*self.encoder(images), text)
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], *arguments, **options):  # also accepts earlier names
-        return super().load_state_dict(current_names(state_dict), *arguments, **options)
 
     def trained_tensors(self) -> dict[str, Tensor]:  # by name; CLIP's frozen weights are not included
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -147,14 +144,14 @@ def read_segmenter_file(
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read as safetensors ({error}); check the path, or train again") from None
-    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
-        raise UserError(
-            f"{path}: {len(broken)} tensors are not finite, first {broken[0]}; use other weights, or train again"
-        )
     if "sptseg" not in metadata:
         raise UserError(f"{path}: not written by sptseg; the authors' checkpoints are read by `sptseg convert`")
+    tensors = plain_weights(tensors, path)
+    embeddings = tensors.pop(EMBEDDINGS, None)
+    if embeddings is not None and not torch.isfinite(embeddings).all():
+        raise UserError(f"{path}: its class embeddings are not finite; use other weights, or train again")
     try:
-        notes, embeddings = json.loads(metadata["sptseg"]), tensors.pop(EMBEDDINGS, None)
+        notes = json.loads(metadata["sptseg"])
         config = SegmenterConfig.model_validate(notes.pop("config"))
         return SegmenterFile(config, {"clip": notes["clip"], **notes}, current_names(tensors), embeddings)
     except (ValueError, LookupError, AttributeError) as error:  # pydantic's errors are ValueErrors
@@ -181,15 +178,7 @@ def load_segmenter(
         ]
         raise UserError(f"{path}: holds another model: {', '.join(differing)}; use the recipe it was trained with")
     model = build_segmenter(visual, config)
-    wanted = model.trained_tensors()
-    wrong = sorted(tensors.keys() ^ wanted.keys()) + [
-        n for n in tensors.keys() & wanted.keys() if tensors[n].shape != wanted[n].shape
-    ]
-    if wrong:
-        raise UserError(
-            f"{path}: {len(wrong)} tensors do not fit this CLIP, first {wrong[0]!r}; use the CLIP it was trained with"
-        )
-    model.load_state_dict(tensors, strict=False)
+    load_exactly(model.trained_tensors(), tensors, path, "use the CLIP that it was trained with, or train again")
     return model.eval()
 
 # %% ../../nbs/35_models.segmenter.ipynb #3f5a0002

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..core import UserError, write_atomically
 from ..models.clip import clip_config, interpolate_position_embedding, load_clip
 from ..models.segmenter import METHODS, Segmenter, SegmenterConfig, save_segmenter
+from ..models.weights import named_tensors, plain_weights
 from ..recipe import Recipe, recipe_text
 from .names import FIRST_PROMPTS, OTHER_PROMPTS, part, read_segmenter, translate_state
 
@@ -59,12 +60,10 @@ def read_released_checkpoint(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:  # weights by official names; reasons to leave out other entries
     """The weights of a checkpoint; a file without weights raises `UserError`."""
     content = load_plainly(path)
-    found = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not (isinstance(found, dict) and found and all(isinstance(value, Tensor) for value in found.values())):
-        raise UserError(f"{path}: holds no weights (a dictionary of tensors, or one under 'state_dict'); name another")
+    found = named_tensors(content, path)
     others = content.keys() - {"state_dict"} if found is not content else ()
-    state = {name.removeprefix("module."): tensor for name, tensor in found.items()}
-    return state, {name: LEFT_OUT.get(name, "not needed to use the model") for name in sorted(others)}
+    reasons = {name: LEFT_OUT.get(name, "not needed to use the model") for name in sorted(others)}
+    return plain_weights(found, path), reasons
 
 # %% ../../nbs/71_releases.convert.ipynb #fc946c56
 def check_variant(

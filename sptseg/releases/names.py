@@ -16,11 +16,11 @@ from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor, nn
 
 from ..core import UserError
-from ..models.clip import load_exactly
 from ..models.decoder import CROSS, Decoder, DecoderLayer
 from ..models.encoder import PromptedEncoder
 from ..models.prompts import DeepPrompts, SpectralPrompt
 from ..models.segmenter import Segmenter, SegmenterConfig
+from ..models.weights import load_exactly
 
 # %% ../../nbs/70_releases.names.ipynb #a7e27f3d
 UNUSED = {  # pattern of an official name: the reason to leave it out
@@ -108,10 +108,9 @@ class Translation:
 
 
 def translate_state(
-    state: dict[str, Tensor],  # by official names, with or without the prefix "module."
+    state: dict[str, Tensor],  # by official names
 ) -> Translation:  # every name is loaded or left out with a reason
     """Translate the names of a release's state dict."""
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     layers = {int(match[1]) for match in map(LAYER.fullmatch, state) if match}
     last, has_sgd = max(layers, default=-1), any(".hlfs." in name for name in state)
     reasons = {name: reason_to_leave_out(name, last, has_sgd) for name in state}
@@ -147,7 +146,7 @@ def fill(
     tensors: dict[str, Tensor],  # exactly those of the module's state
 ) -> None:
     """Load tensors into a module; a missing, unexpected or misshapen one raises `UserError`."""
-    load_exactly(module, tensors, type(module).__name__, "check that all weights come from one model")
+    load_exactly(module.state_dict(), tensors, type(module).__name__, "check that all weights come from one model")
 
 # %% ../../nbs/70_releases.names.ipynb #1b2ddc1a
 def build_visual(
