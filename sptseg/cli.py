@@ -19,7 +19,7 @@ import shtab
 import yaml
 
 import sptseg
-from .core import UserError, asset_path, use_bar_lines, write_atomically
+from .core import UserError, asset_path, save_json, use_bar_lines, write_atomically
 
 # %% ../nbs/90_cli.ipynb #0f509382
 def parse_overrides(
@@ -86,15 +86,16 @@ def run_recipes(arguments: argparse.Namespace) -> int:
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
     """Evaluate the weights of a finished run."""
-    from sptseg.evaluation.evaluate import evaluate_weights, recipe_of_run
+    from sptseg.evaluation.evaluate import evaluate_weights, evaluation_path, recipe_of_run
     from sptseg.evaluation.metrics import summarise
     from sptseg.recipe import load_recipe
 
     folder, overrides = Path(arguments.run), parse_overrides(arguments.settings)
     recipe = load_recipe(arguments.recipe, **overrides) if arguments.recipe else recipe_of_run(folder, **overrides)
     weights = folder / ("best.safetensors" if arguments.best else "model.safetensors")
-    out = arguments.out or folder / f"evaluation-{recipe.dataset}{'-best' * arguments.best}.json"
-    results = evaluate_weights(recipe, weights, out, progress=not arguments.quiet)
+    results = evaluate_weights(recipe, weights, progress=not arguments.quiet)
+    out = arguments.out or evaluation_path(folder, recipe, results["data"], arguments.best)
+    save_json(out, results)
     print(summarise(results["metrics"]))
     print(f"results: {out}")
     return 0
@@ -303,8 +304,8 @@ def main(
         message = str(error).rsplit("UserError: ", 1)[-1]  # a process that loads data puts its traceback in front
         print(f"sptseg: {' '.join(message.split())}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("sptseg: interrupted; the same command resumes the run", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"sptseg: {stopped or 'interrupted; the same command goes on'}", file=sys.stderr)
         return 130
     finally:
         sys.stderr = stderr

@@ -51,6 +51,8 @@ class Recipe(BaseModel):
     clip: str = "glyph-clip"  # a CLIP's name, see `sptseg.models.clip.load_clip`
     clip_weights: str | None = None  # its weights: a tag of open_clip or a file
     text_embeddings: str | None = None  # .npy file with the class embeddings; None: from CLIP's text encoder
+    init_from: str | None = None  # file of weights to start from; None: random initial values
+    continue_from: str | None = None  # folder of a shorter run of the same recipe, whose state is taken over
     # the model; None: the choice of the method
     spectral_blocks: BlockRange = None  # Table 3: "1-2"; "none": no spectral prompts
     decoder_layers: PositiveInt = 3  # Table 4
@@ -60,6 +62,8 @@ class Recipe(BaseModel):
     head_split: Literal["code", "paper"] = "code"
     class_embedding_count: Literal[1, 2] = 2
     auxiliary_loss: Literal["ssim", "dice", "ssim-probabilities", "none"] | None = None
+    focal_weight: Annotated[float, Field(ge=0)] = 100.0  # γ of Eq. 10
+    auxiliary_weight: Annotated[float, Field(ge=0)] = 1.0  # σ of Eq. 10
     # the data
     data_seed: NonNegativeInt = (
         0  # of generated images; settings are tuned on another seed than results are reported on
@@ -104,6 +108,10 @@ class Recipe(BaseModel):
     def auxiliary(self) -> str | None:  # the loss added to the focal loss; None for none
         chosen = self.auxiliary_loss or ("ssim" if self.method == "spt-seg" else "dice")
         return None if chosen == "none" else chosen
+
+    def loss_options(self) -> dict:  # arguments of `sptseg.training.losses.segmentation_loss`
+        weights = {"focal_weight": self.focal_weight, "auxiliary_weight": self.auxiliary_weight}
+        return {"auxiliary": self.auxiliary(), **weights}
 
 
 # keys that do not affect the result: they may change when a run is resumed

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['ON_DISK', 'BENCHMARKS', 'Benchmark', 'Remembered', 'glyph_benchmark', 'disk_benchmark', 'first_images',
-           'load_benchmark']
+           'load_benchmark', 'digest', 'listed_files', 'data_identity']
 
 # %% ../../nbs/15_data.benchmarks.ipynb #41414cc3
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +19,7 @@ from torch.utils.data import Dataset, Subset
 from ..core import UserError
 from .cocostuff import cocostuff_samples
 from .context import context_samples
+from .files import FileSamples
 from .folder import folder_labels, folder_samples
 from .glyphs import GlyphScenes
 from .label_sets import LabelSet, load_label_set
@@ -117,3 +120,34 @@ def load_benchmark(
     if name not in BENCHMARKS:
         raise UserError(f"dataset: {name!r} is unknown; use one of {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name](name, **options)
+
+# %% ../../nbs/15_data.benchmarks.ipynb #c3ec7da0
+def digest(
+    content: object,  # what JSON can hold
+) -> str:  # 16 hexadecimal digits
+    """Hash a value by content."""
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def listed_files(
+    data: Dataset,
+) -> list[tuple[Path, Path]] | None:  # images and masks in order; None for data that are not read from files
+    """List the files of a split."""
+    if isinstance(data, Subset):
+        files = listed_files(data.dataset)
+        return files and [files[index] for index in data.indices]
+    return list(zip(data.images, data.masks, strict=True)) if isinstance(data, FileSamples) else None
+
+
+def data_identity(
+    benchmark: Benchmark,
+) -> dict[str, str]:  # "classes", and "train" and "val" for data in files: count and digest
+    """Describe a benchmark by content; equal data in another folder has the same identity."""
+    labels = benchmark.labels
+    described = [labels.classes, labels.unseen, labels.templates, labels.numbers]
+    identity = {"classes": f"{len(labels.classes)} classes, {digest(described)}"}
+    for split in ("train", "val"):
+        if files := listed_files(getattr(benchmark, split)):
+            sizes = [(path.name, path.stat().st_size) for pair in files for path in pair]
+            identity[split] = f"{len(files)} images, {digest(sizes)}"
+    return identity

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['benchmark_of', 'load_parts', 'file_notes', 'biased_classes', 'eval_loader', 'evaluate', 'segmenter_predictor',
-           'training_free_predictor', 'predict_samples', 'labels_for', 'recipe_of_run', 'load_model',
-           'evaluate_weights']
+           'training_free_predictor', 'predict_samples', 'same_dataset', 'without_split', 'read_notes', 'recipe_of_run',
+           'load_model', 'evaluate_weights', 'evaluation_path']
 
 # %% ../../nbs/51_evaluation.evaluate.ipynb #5ec4c09b
 from collections.abc import Callable, Iterable
@@ -19,15 +19,16 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from ..core import provenance, read_yaml, save_json
-from ..data.benchmarks import Benchmark, load_benchmark
+from ..core import UserError, provenance, read_yaml, save_json
+from ..data.benchmarks import Benchmark, data_identity, digest, load_benchmark
+from ..data.folder import folder_labels
 from ..data.label_sets import LabelSet, label_to_train_id
 from ..data.transforms import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, SegmentationData
 from .metrics import SegmentationMetrics
 from ..inference.windows import SEEN_BIAS, default_stride, predict_labels, resize_masks
 from ..models.clip import ClipModel, class_embeddings, load_clip, load_text_embeddings
 from ..models.encoder import embed_patches
-from ..models.segmenter import Segmenter, load_segmenter, read_segmenter_file
+from ..models.segmenter import FileNotes, Segmenter, load_segmenter, read_segmenter_file
 from ..recipe import Recipe, check_recipe, recipe_path
 
 # %% ../../nbs/51_evaluation.evaluate.ipynb #f60046c9
@@ -162,15 +163,32 @@ def predict_samples(
     return rows
 
 # %% ../../nbs/51_evaluation.evaluate.ipynb #750a4cb1
-def labels_for(
+def same_dataset(
+    notes: FileNotes,  # of the file of weights
+    labels: LabelSet,  # of the benchmark to evaluate on
+    dataset: str,  # the name of that benchmark
+) -> bool:
+    """Whether a model was trained on this dataset: by its classes, or by the name for a file that lists none."""
+    if notes.classes:
+        unseen = tuple(labels.classes[index] for index in labels.unseen)
+        return (notes.classes, set(notes.unseen)) == (labels.classes, set(unseen))
+    return notes.dataset in (None, dataset)
+
+
+def without_split(
     benchmark: Benchmark,
-    trained_on: str,  # name of the benchmark that the model was trained on
-    evaluated_on: str,  # name of this one
-) -> Benchmark:  # the same, or without unseen classes if the two differ
-    """Remove the split into seen and unseen classes for an evaluation across datasets."""
-    return benchmark if trained_on == evaluated_on else replace(benchmark, labels=replace(benchmark.labels, unseen=()))
+) -> Benchmark:
+    """Remove the split into seen and unseen classes, for an evaluation across datasets."""
+    return replace(benchmark, labels=replace(benchmark.labels, unseen=()))
 
 # %% ../../nbs/51_evaluation.evaluate.ipynb #90f9b021
+def read_notes(
+    weights: str | Path,  # a run's model.safetensors
+) -> FileNotes:
+    """Read the description in a file of weights."""
+    return FileNotes.model_validate(read_segmenter_file(weights).notes)
+
+
 def recipe_of_run(
     run: str | Path,  # folder of a run
     **overrides,  # keys that replace those of its recipe
@@ -178,9 +196,14 @@ def recipe_of_run(
     """The recipe of a run, for an evaluation on its own benchmark or another one."""
     path = recipe_path(Path(run) / "recipe.yaml")
     own = {key: value for key, value in read_yaml(path).items() if value is not None}
-    moved = overrides.get("dataset", own["dataset"]) != own["dataset"]
-    elsewhere = {"data_root": None, "text_embeddings": None, "val_images": None} if moved else {}
-    return check_recipe({**own, **elsewhere, **overrides}, str(path))
+    wanted = {**own, **overrides}
+    moved, elsewhere = wanted["dataset"] != own["dataset"], ("data_root", "text_embeddings", "val_images")
+    weights = [file for name in ("model", "best") if (file := Path(run) / f"{name}.safetensors").exists()]
+    if wanted["dataset"] == own["dataset"] == "folder" and wanted.get("data_root") and weights:
+        moved = not same_dataset(read_notes(weights[0]), folder_labels(wanted["data_root"]), "folder")
+        overrides = {"data_root": wanted["data_root"], **overrides}
+    kept = {key: value for key, value in own.items() if not (moved and key in elsewhere)}
+    return check_recipe({**kept, **overrides}, str(path))
 
 # %% ../../nbs/51_evaluation.evaluate.ipynb #a6451310
 def load_model(
@@ -188,9 +211,13 @@ def load_model(
     weights: str | Path,  # the run's model.safetensors
 ) -> tuple[Benchmark, Segmenter, Callable[[Tensor, tuple[int, int]], Tensor]]:  # test images, model, predictor
     """Read saved weights; a file of another method or width raises `UserError`."""
+    notes = read_notes(weights)
     benchmark, clip, text = load_parts(recipe, training=False)
-    trained_on = read_segmenter_file(weights)[1].get("dataset", recipe.dataset)
-    benchmark = labels_for(benchmark, trained_on, recipe.dataset)
+    if notes.clip_sha256 not in (None, clip.weights_hash):
+        hashes = f"SHA-256 {notes.clip_sha256[:12]}…, found {clip.weights_hash[:12]}…"
+        raise UserError(f"{weights}: was trained with other weights of clip ({hashes}); name those in clip_weights")
+    if not same_dataset(notes, benchmark.labels, recipe.dataset):
+        benchmark = without_split(benchmark)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_segmenter(weights, clip.visual, clip=recipe.clip, expected=recipe.segmenter_config()).to(device)
     biased = biased_classes(benchmark.labels, recipe.setting)
@@ -207,7 +234,27 @@ def evaluate_weights(
     benchmark, _, predict = load_model(recipe, weights)
     loader = eval_loader(benchmark, recipe.image_size, recipe.workers)
     metrics = evaluate(predict, loader, benchmark.labels, progress=progress)
-    results = {"metrics": metrics, "recipe": recipe.model_dump(mode="json"), "weights": str(weights), **provenance()}
+    results = {
+        "metrics": metrics,
+        "recipe": recipe.model_dump(mode="json"),
+        "weights": str(weights),
+        "data": data_identity(benchmark),
+        **provenance(),
+    }
     if out is not None:
         save_json(out, results)
     return results
+
+# %% ../../nbs/51_evaluation.evaluate.ipynb #0d2ba9b6
+def evaluation_path(
+    run: str | Path,  # folder of a run
+    recipe: Recipe,  # of the evaluation
+    identity: dict[str, str],  # see `data_identity`
+    best: bool = False,  # whether the weights are those of the best evaluation
+) -> Path:  # JSON file
+    """Name the record of an evaluation; records of different data have different names."""
+    inputs, name = Path(run) / "inputs.json", recipe.dataset
+    trained_with = read_yaml(inputs) if inputs.exists() else identity  # JSON is YAML, too
+    if name == "folder" and any(trained_with.get(key) != identity.get(key) for key in ("classes", "val")):
+        name = f"folder-{Path(recipe.data_root).resolve().name}-{digest(identity)[:8]}"
+    return Path(run) / f"evaluation-{name}{'-best' * best}.json"

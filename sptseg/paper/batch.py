@@ -74,11 +74,19 @@ def set_aside(
     out = run_folder(recipe, seed)
     if not (out / "recipe.yaml").exists():
         return None
-    from sptseg.recipe import RUNTIME_KEYS, load_recipe  # takes seconds, and most runs start in an empty folder
+    from sptseg.recipe import (
+        RUNTIME_KEYS,
+        check_recipe,
+        load_recipe,
+    )  # takes seconds; most runs start in an empty folder
 
     path = Path("nbs/experiments") / f"{recipe}.yaml"  # of this checkout, or a recipe that ships with sptseg
     now = load_recipe(path if path.is_file() else recipe, seed=seed).model_dump(mode="json")
     before = yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8")) or {}
+    try:
+        before = check_recipe(before).model_dump(mode="json")  # fills in keys that are newer than the run
+    except UserError:
+        pass  # a recipe of another version
     if all(before.get(key) == now[key] for key in now if key not in RUNTIME_KEYS):
         return None
     number = next(number for number in range(1, 10_000) if not Path(f"{out}.before-{number}").exists())

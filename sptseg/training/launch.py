@@ -77,7 +77,7 @@ def signals_kept() -> Iterator[None]:
     try:
         yield
     except SignalException as stopped:
-        if stopped.sigval == signal.SIGINT:
+        if stopped.sigval in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt from None
         raise
     finally:
