@@ -260,8 +260,10 @@ def claim_folder(
     if (out / RESULTS).exists():
         return
     text = recipe_text(recipe)
-    write_atomically(out / RECIPE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    save_json(path, {**before, **inputs})
+    if not (out / RECIPE).exists() or (out / RECIPE).read_text(encoding="utf-8") != text:
+        write_atomically(out / RECIPE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    if not path.exists() or read_yaml(path) != {**before, **inputs}:
+        save_json(path, {**before, **inputs})
 
 # %% ../../nbs/62_training.loop.ipynb #0b844cdc
 def peak_memory(
