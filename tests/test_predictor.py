@@ -1,11 +1,17 @@
 """Labels of any image by any names: equal to the evaluation's, the same through every way in, refused in one line."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfApi, ModelCard
 from PIL import Image
+from safetensors.torch import save_file
 
 import sptseg
 from sptseg.core import UserError, asset_path
@@ -13,6 +19,7 @@ from sptseg.data.benchmarks import load_benchmark
 from sptseg.evaluation.evaluate import eval_loader, load_model
 from sptseg.inference.predictor import shipped_models
 from sptseg.inference.results import none_label
+from sptseg.models.segmenter import read_segmenter_file
 from sptseg.recipe import load_recipe
 
 NAMES = ["red heart", "green cat", "yellow knight"]
@@ -114,3 +121,107 @@ def test_a_list_of_kept_and_new_images_keeps_its_order(model):
     mixed = model.predict([EXAMPLES[0], model.encode(EXAMPLES[1]), EXAMPLES[2]], NAMES)
     assert [result.stem for result in mixed] == [path.stem for path in EXAMPLES[:3]]
     assert model.predict([], NAMES) == []
+
+
+def test_a_folder_of_save_pretrained_gives_the_same_model(model, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    shipped = shipped_models()["spt-seg-glyphs"]
+    for again in (
+        sptseg.load(tmp_path / "saved"),
+        sptseg.Predictor.from_pretrained(tmp_path / "saved"),
+        sptseg.Predictor.from_pretrained(str(tmp_path / "saved"), device="cpu"),
+    ):
+        assert (again.predict(EXAMPLES[0]).labels == model.predict(EXAMPLES[0]).labels).all()
+        assert again.notes == model.notes and again.source["sha256"]
+    before, after = read_segmenter_file(shipped), read_segmenter_file(tmp_path / "saved/model.safetensors")
+    assert before.notes == after.notes and before.config == after.config
+    assert all(torch.equal(after.tensors[name], tensor) for name, tensor in before.tensors.items())
+    card = ModelCard.load(tmp_path / "saved/README.md")
+    assert card.data.license == "apache-2.0" and card.data.library_name == "sptseg"
+    values = {one.metric_type: one.metric_value for one in card.data.eval_results}
+    assert values["hIoU"] == model.metrics["hIoU"] and model.notes.clip_sha256 in card.text
+    assert all(name in card.text for name in model.classes) and "bibtex" in card.text and "sptseg.load" in card.text
+
+
+def test_push_to_hub_uploads_that_folder(model, monkeypatch):
+    sent = {}
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: SimpleNamespace(repo_id=repo_id))
+
+    def upload_folder(self, *, repo_id, folder_path, **_):
+        sent.update({path.name: path.read_text(errors="replace") for path in Path(folder_path).iterdir()}, to=repo_id)
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    model.push_to_hub("someone/spt-seg-glyphs")
+    assert sent["to"] == "someone/spt-seg-glyphs" and {"model.safetensors", "config.json", "README.md"} < sent.keys()
+
+
+def old_file(path, **changes):
+    """A file as earlier versions wrote it, without a description."""
+    file = read_segmenter_file(shipped_models()["spt-seg-glyphs"])
+    notes = {key: file.notes[key] for key in ("method", "dataset", "setting", "clip")}
+    text = json.dumps({**notes, **changes, "config": file.config.model_dump()})
+    save_file(file.tensors, path, {"sptseg": text})
+    return path
+
+
+def test_old_files_load_with_a_note_of_what_is_missing(model, tmp_path):
+    with pytest.warns(UserWarning, match="an older file that does not say classes, templates, seen_bias"):
+        again = sptseg.load(old_file(tmp_path / "old.safetensors"))
+    assert again.classes == model.classes and again.unseen == model.unseen and again.notes.stride == model.notes.stride
+    assert (again.predict(EXAMPLES[0]).labels == model.predict(EXAMPLES[0]).labels).all()
+    with pytest.warns(UserWarning, match="no known label set"):
+        own = sptseg.load(old_file(tmp_path / "own.safetensors", dataset="folder"))
+    with pytest.raises(UserError, match="no names"):
+        own.predict(EXAMPLES[0])
+    assert own.predict(EXAMPLES[0], NAMES).classes == tuple(NAMES)
+
+
+def test_another_clip_than_that_of_the_training_is_refused(tmp_path):
+    file = read_segmenter_file(shipped_models()["spt-seg-glyphs"])
+    notes = {**file.notes, "clip_sha256": "0" * 64, "config": file.config.model_dump()}
+    save_file(file.tensors, tmp_path / "m.safetensors", {"sptseg": json.dumps(notes)})
+    with pytest.raises(UserError, match="other weights of clip 'glyph-clip' .SHA-256 0000"):
+        sptseg.load(tmp_path / "m.safetensors")
+    notes |= {"clip_weights": "/nowhere/clip.pt"}
+    save_file(file.tensors, tmp_path / "m.safetensors", {"sptseg": json.dumps(notes)})
+    with pytest.raises(UserError, match="needs its CLIP.*clip_weights=FILE"):
+        sptseg.load(tmp_path / "m.safetensors")
+
+
+def test_files_of_other_projects_are_refused(tmp_path):
+    save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="not written by sptseg"):
+        sptseg.load(tmp_path / "other.safetensors")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="has no model.safetensors"):
+        sptseg.load(tmp_path / "empty")
+
+
+MEMORY = """
+import resource, sys
+import numpy as np, torch
+from torch.nn import functional as F
+from sptseg.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from sptseg.inference.predictor import Predictor
+from sptseg.models.clip import load_clip
+from sptseg.models.segmenter import METHODS, FileNotes, build_segmenter
+clip = load_clip("ViT-B-16-quickgelu", weights="random")
+names = tuple(f"thing {number}" for number in range(int(sys.argv[1])))
+notes = FileNotes(clip="x", setting="inductive", classes=names, unseen=names[:5], templates=("a {}",), seen_bias=0.1,
+                  stride=426, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+torch.manual_seed(0)
+model = build_segmenter(clip.visual, METHODS["spt-seg"]).eval()
+predictor = Predictor(model, clip, notes, F.normalize(torch.randn(len(names), 512), dim=-1), device="cpu")
+photo = np.random.default_rng(0).integers(0, 256, (3000, 4000, 3), dtype=np.uint8)
+result = predictor.predict(photo, threshold=0.1)
+assert result.labels.shape == (3000, 4000) and result.overlay().width > 1600
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [20])
+def test_a_photograph_of_twelve_million_pixels_stays_under_four_gib(count):
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(count)], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 4

@@ -233,9 +233,11 @@ class Result:
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
-        self.overlay().save(buffer, "PNG")
+        self.overlay().quantize(255).save(buffer, "PNG")  # a third of the size
         return buffer.getvalue()
 
     def _repr_html_(self) -> str:
-        image, text = base64.b64encode(self._repr_png_()).decode(), html.escape(repr(self))
-        return f'<figure><img src="data:image/png;base64,{image}"/><figcaption>{text}</figcaption></figure>'
+        buffer = io.BytesIO()
+        self.overlay().save(buffer, "JPEG", quality=90)
+        image, text = base64.b64encode(buffer.getvalue()).decode(), html.escape(repr(self))
+        return f'<figure><img src="data:image/jpeg;base64,{image}"/><figcaption>{text}</figcaption></figure>'

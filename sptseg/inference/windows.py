@@ -141,6 +141,8 @@ def encode_windows(
     stride: int,  # step between windows, pixels
 ) -> list[WindowFeatures]:  # one per image
     """Encode the windows of some images."""
+    if not images:
+        return []
     window = (model.config.image_size,) * 2
     places = [window_places(image.shape[-2:], window, (stride, stride)) for image in images]
     cut = [image[place] for image, some in zip(images, places, strict=True) for place in some]
