@@ -60,6 +60,8 @@ def read_yaml(
 def write_atomically(
     path: str | Path,  # the file to write or replace; its folder is made if needed
     write: Callable[[Path], object],  # writes the whole content to the path that it is given
+    *,
+    flush: bool = True,  # wait until the disk has the bytes
 ) -> Path:  # `path`
     """Let `write` fill a temporary file, then rename it to `path`; if `write` fails, `path` stays as it was."""
     path = Path(path)
@@ -67,8 +69,9 @@ def write_atomically(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        if flush:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
         temporary.chmod(0o644)  # some libraries write for the owner only
         os.replace(temporary, path)
     finally:

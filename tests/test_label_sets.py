@@ -7,7 +7,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from sptseg.core import IGNORE, UNSEEN, UserError
+from sptseg.core import IGNORE, UNSEEN, UserError, asset_path
 from sptseg.data.label_sets import (
     INVALID,
     SETTINGS,
@@ -81,7 +81,11 @@ def test_voc_raw_values_reduce_by_one():
     [
         ({"classes": []}, "classes: the list is empty"),
         ({}, "classes: the list is empty"),
-        ({"classes": ["cat", "cat"]}, "['cat']"),
+        ({"classes": ["cat", "cat"]}, "'cat' and 'cat' are the same name"),
+        ({"classes": ["cat", ""]}, "name 2 of 2 is empty"),
+        ({"classes": {1: "cat", 2: " \u00a0\u200b"}}, "name 2 of 2 is empty"),
+        ({"classes": ["stop sign", " stop \u2003sign "]}, "'stop sign' and ' stop \\u2003sign ' are the same name"),
+        ({"classes": ["\u00e9t\u00e9", "e\u0301t\u00e9"]}, "'\\xe9t\\xe9' and 'e\\u0301t\\xe9' are the same name"),
         ({"classes": ["cat", "dog"], "unseen": ["dgo"]}, "['dgo']"),
         ({"classes": ["cat", "dog"], "unseen": ["dog", "dog"]}, "['dog']"),
         ({"classes": ["cat", "dog"], "seen": ["cat", "dog"], "unseen": ["dog"]}, "['dog'] listed as both"),
@@ -104,6 +108,27 @@ def test_impossible_files_name_file_key_and_value_in_one_line(tmp_path, content,
     with pytest.raises(UserError) as error:
         load_label_set(file)
     assert str(file) in str(error.value) and culprit in str(error.value) and "\n" not in str(error.value)
+
+
+def test_names_are_normalised_wherever_a_label_set_is_built(tmp_path):
+    file, names = tmp_path / "own.yaml", ["cafe\u0301", "  stop\t sign ", "\u0e41\u0e21\u0e27", "Cat", "cat"]
+    file.write_text(yaml.safe_dump({"classes": names, "unseen": ["caf\u00e9", "stop sign"]}))
+    expected = ("caf\u00e9", "stop sign", "\u0e41\u0e21\u0e27", "Cat", "cat")
+    assert load_label_set(file).classes == expected == LabelSet("own", tuple(names)).classes
+    assert load_label_set(file).unseen == (0, 1)
+    file.write_text(yaml.safe_dump({"classes": names[:2], "seen": ["stop  sign"], "unseen": ["cafe\u0301 "]}))
+    assert load_label_set(file).unseen == (0,)
+
+
+@pytest.mark.parametrize("file", sorted(asset_path("label_sets").glob("*.yaml")), ids=lambda file: file.stem)
+def test_names_of_the_benchmarks_are_kept_as_they_are(file):
+    classes = yaml.safe_load(file.read_text())["classes"]
+    assert load_label_set(file).classes == tuple(classes.values() if isinstance(classes, dict) else classes)
+
+
+def test_names_that_are_not_texts_are_refused():
+    with pytest.raises(UserError, match="label set 'own': classes: 3 is not a text"):
+        LabelSet("own", ("cat", 3))
 
 
 def test_ids_out_of_range_unknown_sets_and_settings_are_refused():

@@ -18,19 +18,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core import UserError
+from ..core import UserError, write_atomically
 from .files import FileSamples, check_mask, check_split, read_mask
+from .jobs import check_files, check_images, convert_files
 from .label_sets import INVALID, label_to_train_id, load_label_set, raw_lookup
-from sptseg.data.preparation import (
-    Archive,
-    check_count,
-    check_files,
-    check_images,
-    convert_files,
-    find_archive,
-    replace_file,
-    unpack,
-)
+from .preparation import Archive, check_count, find_archive, unpack
 
 # %% ../../nbs/23_data.cocostuff.ipynb #f8494f31
 COCO_COUNTS = {"train": 118_287, "val": 5_000}  # images, and as many masks
@@ -93,7 +85,7 @@ def convert_mask(
             f"{source}: {count} hold {', '.join(map(str, wrong[:5]))}, which COCO-Stuff's masks never do "
             f"(do these count from 1?); take the masks of {COCO_MASK_ARCHIVE.url}"
         )
-    replace_file(target, lambda temporary: Image.fromarray(ids.numpy()).save(temporary, format="png"))
+    write_atomically(target, lambda temporary: Image.fromarray(ids.numpy()).save(temporary, "PNG"), flush=False)
 
 # %% ../../nbs/23_data.cocostuff.ipynb #556942e3
 def find_pairs(

@@ -21,16 +21,9 @@ from torch import Tensor
 
 from ..core import IGNORE, UserError, write_atomically
 from .files import FileSamples, check_mask, check_split, read_bytes, read_names
+from .jobs import check_files, check_images
 from .label_sets import INVALID, LabelSet, load_label_set
-from sptseg.data.preparation import (
-    Archive,
-    check_count,
-    check_files,
-    check_images,
-    find_archive,
-    missing_files,
-    provide_files,
-)
+from .preparation import Archive, check_count, find_archive, missing_files, provide_files
 
 # %% ../../nbs/24_data.context.ipynb #25d9e5ba
 CONTEXT_COUNTS = {"train": 4_998, "val": 5_105}  # images, and as many masks

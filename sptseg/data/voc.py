@@ -19,19 +19,11 @@ from PIL import Image
 from scipy.io import loadmat
 from torch import Tensor
 
-from ..core import UserError
+from ..core import UserError, write_atomically
 from .files import FileSamples, check_split, read_names
+from .jobs import check_files, convert_files
 from .label_sets import load_label_set, raw_lookup
-from sptseg.data.preparation import (
-    Archive,
-    check_count,
-    check_files,
-    convert_files,
-    missing_files,
-    provide_files,
-    replace_file,
-    write_names,
-)
+from .preparation import Archive, check_count, missing_files, provide_files, write_names
 
 # %% ../../nbs/22_data.voc.ipynb #0d32654b
 VOC_ARCHIVE = Archive(
@@ -81,7 +73,7 @@ def write_voc_mask(
     """Write class numbers as a PNG with VOC's palette."""
     image = Image.fromarray(mask)
     image.putpalette(voc_palette().tobytes())
-    replace_file(path, lambda temporary: image.save(temporary, "PNG"))
+    write_atomically(path, lambda temporary: image.save(temporary, "PNG"), flush=False)
 
 
 def convert_sbd_mask(

@@ -11,7 +11,6 @@ __all__ = ['clean_names', 'parse_names', 'clean_templates', 'ClassList', 'NameEn
 import difflib
 import hashlib
 import re
-import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..core import UserError, asset_path, read_yaml
-from ..data.label_sets import load_label_set
+from ..data.label_sets import load_label_set, normal_name
 from ..data.transforms import IMAGENET_MEAN, IMAGENET_STD, EvalTransform
 from .hub import HubModel, download_model
 from .images import ImageLike, as_image
@@ -49,7 +48,7 @@ def clean_names(
         raise UserError(f"classes: {names!r} is a text; hand over a list of names, [{names!r}]")
     if wrong := [name for name in names if not isinstance(name, str)]:
         raise UserError(f"classes: {wrong[0]!r} is no text; hand over a list of names")
-    cleaned = tuple(" ".join(unicodedata.normalize("NFC", name).split()) for name in names)
+    cleaned = tuple(normal_name(name) for name in names)
     if not cleaned or "" in cleaned:
         raise UserError(f"classes: {'an empty name' if cleaned else 'no names'}; name at least one class, and each one")
     if twice := [name for index, name in enumerate(cleaned) if name in cleaned[:index]]:
