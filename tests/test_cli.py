@@ -21,9 +21,17 @@ from sptseg.data.benchmarks import BENCHMARKS, Benchmark
 from sptseg.data.label_sets import LabelSet, load_label_set
 from sptseg.data.transforms import Sample
 from sptseg.models.segmenter import METHODS, build_segmenter, save_segmenter
+from sptseg.recipe import Recipe, load_recipe
 
 TINY = {
-    **{"dataset": "glyphs-20", "image_size": 32, "num_prompts": 2, "decoder_layers": 1, "train_images": 4},
+    **{
+        "dataset": "glyphs-20",
+        "clip": "glyph-clip",
+        "image_size": 32,
+        "num_prompts": 2,
+        "decoder_layers": 1,
+        "train_images": 4,
+    },
     **{"val_images": 1, "iterations": 2, "batch_size": 2, "warmup_iterations": 0, "checkpoint_every": 1},
 }
 
@@ -61,14 +69,24 @@ def refusal(capsys, *arguments):
 
 
 BAD_SETTINGS = {  # what is wrong: (settings, what the line must say)
-    "unknown key": (["learning_rate=1"], ["learning_rate", "row.yaml"]),
+    "unknown key": (["learning_rate=1"], ["learning_rate=1: ", "unknown key 'learning_rate'"]),
     "misspelt key": (["iteration=1"], ["'iteration'", "did you mean 'iterations'?"]),
     "an old key of training images": (["train_pictures=4"], ["'train_pictures'", "it is now 'train_images'"]),
     "an old key of test images": (["val_pictures=4"], ["'val_pictures'", "it is now 'val_images'"]),
     "the old key of micro-batches": (["micro_batches=2"], ["'micro_batches'", "'gradient_accumulation_steps'"]),
     "a key that is a word of the program": (["name=x"], ["'name'"]),
-    "wrong type": (["batch_size=many"], ["batch_size", "'many'"]),
-    "wrong type in a list": (["ratio_range=[1, wide]"], ["ratio_range.1", "'wide'"]),
+    "wrong type": (["batch_size=many"], ["batch_size=many: ", "'many'"]),
+    "a truth value for a number": (["workers=yes"], ["workers=True: ", "quote text"]),
+    "a truth value for a word": (["setting=off"], ["setting=False: ", "quote text"]),
+    "a truth value in a list": (["ratio_range=[no, 2]"], ["ratio_range=[False, 2]: ", "quote text"]),
+    "a number for text": (["data_root=2012"], ["data_root=2012: ", "write it in quotes"]),
+    "no value": (["lr="], ["lr=: no value is given", "leave the key out"]),
+    "no word for no loss": (["auxiliary_loss=null"], ["auxiliary_loss=: ", "write none for no auxiliary loss"]),
+    "no word for no prompts": (["spectral_blocks="], ["spectral_blocks=: ", "write none for no spectral prompts"]),
+    "a truth value for prompts": (["spectral_blocks=no"], ["spectral_blocks=False: ", "write none for no prompts"]),
+    "a setting given twice": (["seed=1", "lr=0.1", "seed=2"], ["seed=2: ", "seed is given twice"]),
+    "a key twice in a value": (["ratio_range={a: 1, a: 2}"], ["'a' is given twice, in lines 1 and 1"]),
+    "wrong type in a list": (["ratio_range=[1, wide]"], ["ratio_range=[1, 'wide']: ", "found 'wide' at [1]"]),
     "out of range": (["dropout=1.5"], ["dropout", "1.5"]),
     "no iterations": (["iterations=0"], ["iterations", "0"]),
     "unknown method": (["method=unet"], ["method", "'spt-seg'", "'unet'"]),
@@ -100,13 +118,18 @@ def test_bad_settings_are_refused(row, capsys, case):
 
 
 BAD_RECIPES = {
-    "missing": (None, "no such recipe"),
+    "missing": (None, "this recipe does not exist"),
     "not YAML": ("a: [1", "not valid YAML"),
     "no mapping": ("- 1\n- 2", "key: value"),
     "empty": ("", "key: value"),
     "binary": (b"\xff\xfe\x00\x81", "not valid YAML"),
     "no dataset": ("seed: 1", "dataset"),
     "a number as key": ("dataset: glyphs-20\n1: 2", "1"),
+    "a key twice": ("dataset: glyphs-20\nlr: 0.1\nseed: 1\nlr: 0.2", "'lr' is given twice, in lines 2 and 4"),
+    "an empty value": ("dataset: glyphs-20\nauxiliary_loss:\n", "auxiliary_loss: no value is given; write none"),
+    "a date that does not exist": ("dataset: 2026-02-30", "not valid YAML"),
+    "YAML broken in line 3": ("dataset: glyphs-20\nseed: 1\nratio_range: [1, 2", "in line 3"),
+    "parameters of a notebook": ("recipes: [demo/spt-seg]\nseeds: [0]", "no key of a recipe"),
 }
 
 
@@ -119,6 +142,31 @@ def test_bad_recipes_are_refused(row, capsys, case):
     before = snapshot(row.parent)
     line = refusal(capsys, "train", row, "--out", "run")
     assert str(row) in line and expected in line and snapshot(row.parent) == before
+
+
+def test_near_names_are_offered_and_no_list(row, capsys):
+    assert refusal(capsys, "train", "demo/sptseg") == "demo/sptseg: no such recipe; did you mean 'demo/spt-seg'?"
+    assert refusal(capsys, "train", row.with_name("rows.yaml")).endswith(f"did you mean {str(row)!r}?")
+    far = refusal(capsys, "train", "unlike-anything")
+    assert "`sptseg recipes`" in far and len(far) < 120
+    offered = refusal(capsys, "train", "complexity/spt-seg-vo")
+    assert "'complexity" not in offered, "a model with random weights is not for training"
+
+
+def test_the_origin_of_a_bad_value_is_named(row, capsys):
+    row.write_text(row.read_text() + "dropout: much\n")
+    assert refusal(capsys, "train", row, "seed=1").startswith(f"{row}: dropout: ")
+    assert refusal(capsys, "train", row, "dropout=2").startswith("dropout=2: ")
+
+
+def test_mixed_precision_no_is_text(row):
+    assert load_recipe(row, mixed_precision=False).mixed_precision == "no"
+
+
+def test_only_drawn_scenes_default_to_the_built_in_clip():
+    for dataset in ("folder", "voc", "coco-stuff", "context-59"):
+        assert (Recipe(dataset=dataset).clip, Recipe(dataset=dataset).clip_weights) == ("ViT-B-16-quickgelu", "openai")
+    assert Recipe(dataset="glyphs-20").clip == "glyph-clip" and Recipe(dataset="folder", clip="x").clip_weights is None
 
 
 def test_a_shipped_recipe_is_found_even_beside_a_folder_of_its_name(row, capsys):
@@ -237,7 +285,7 @@ def test_weights_of_another_width_are_refused(finished, tmp_path, capsys):
     save_segmenter(run / "model.safetensors", build_segmenter(wider, config), clip="glyph-clip")
     before = snapshot(run)
     line = refusal(capsys, "evaluate", run, "--quiet")
-    assert "model.safetensors" in line and "do not fit this CLIP" in line and snapshot(run) == before
+    assert "model.safetensors" in line and "do not fit the model" in line and snapshot(run) == before
 
 
 @pytest.mark.parametrize("weights", [None, b"", b"no weights at all"])
@@ -249,8 +297,13 @@ def test_missing_or_broken_weights_are_refused(finished, tmp_path, capsys, weigh
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
-    assert str(tmp_path / "recipe.yaml") in refusal(capsys, "evaluate", tmp_path)
-    assert str(tmp_path / "gone") in refusal(capsys, "evaluate", tmp_path / "gone")
+    assert "this folder is no run" in refusal(capsys, "evaluate", tmp_path)
+    assert f"{tmp_path / 'gone'}: this run does not exist" in refusal(capsys, "evaluate", tmp_path / "gone")
+
+
+def test_the_nearest_run_is_offered(finished, capsys):
+    assert f"did you mean {str(finished)!r}?" in refusal(capsys, "evaluate", f"{finished}s")
+    assert refusal(capsys, "evaluate", finished, "lr=fast", "--quiet").startswith("lr=fast: ")
 
 
 def test_evaluation_repeats_the_runs_own(finished, tmp_path, capsys):
@@ -331,6 +384,26 @@ def test_a_process_shows_one_line_and_no_traceback(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 1 and not done.stdout
     assert done.stderr.startswith("sptseg: spectral_blocks: '2-1'") and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [["recipes"], ["--print-completion", "bash"]])
+def test_a_closed_pipe_ends_quietly(arguments, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    command = [sys.executable, "-m", "sptseg.cli", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path, env=environment)
+    process.stdout.close()  # before anything is written
+    assert process.stderr.read() == b"" and process.wait() == 141
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["train"], "required: recipe\n"), (["train", "seed=1"], "seed=1 is a setting"), (["evaluate"], "run_folder\n")],
+)
+def test_usage_names_the_missing_argument(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"usage: sptseg {arguments[0]} ") and said in shown
 
 
 def test_version_and_recipes(capsys):

@@ -94,6 +94,12 @@ def test_voc_raw_values_reduce_by_one():
         ({"classes": ["cat", 3]}, "[3]"),
         ({"classes": "cat"}, "'cat'"),
         ({"classes": ["cat"], "templates": ["a photo"]}, "['a photo']"),
+        ({"classes": ["cat", None, True]}, "[None, True]; put names in quotes"),
+        ({"classes": None}, "classes: must be a list of names, found nothing"),
+        ({"classes": ["cat"], "unseen": False}, "unseen: must be a list of names, found False; write [] for none"),
+        ({"classes": ["cat"], "templates": None}, "templates: must be a list of names, found nothing"),
+        ({"classes": {False: "cat"}}, "[False]"),
+        ({"classes": ["cat"], "name": False}, "name: False is no text"),
         ({"classes": {300: "cat"}}, "[300]"),
         ({"classes": {"1": "cat"}}, "['1']"),
         ({"classes": {1: 2}}, "[2]"),
@@ -129,6 +135,13 @@ def test_names_of_the_benchmarks_are_kept_as_they_are(file):
 def test_names_that_are_not_texts_are_refused():
     with pytest.raises(UserError, match="label set 'own': classes: 3 is not a text"):
         LabelSet("own", ("cat", 3))
+
+
+def test_a_number_with_two_names_is_refused(tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("classes:\n  1: cat\n  2: dog\n  1: cow\n")
+    with pytest.raises(UserError, match=r"own.yaml: 1 is given twice, in lines 2 and 4"):
+        load_label_set(file)
 
 
 def test_ids_out_of_range_unknown_sets_and_settings_are_refused():

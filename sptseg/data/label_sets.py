@@ -130,12 +130,14 @@ def check_division(
 def read_list(
     content: dict,  # a label set's YAML mapping
     key: str,  # of the entry
-) -> list:  # the entry; an absent or empty one gives []
-    "Read a list of strings; anything else raises `UserError`."
-    items = content.get(key) or []
-    if not isinstance(items, list) or any(type(item) is not str for item in items):
-        wrong = [item for item in items if type(item) is not str] if isinstance(items, list) else items
-        raise UserError(f"{key}: must be a list of str, found {wrong!r}; put names in quotes")
+) -> list:  # the entry; an absent one gives []
+    "Read a list of strings; anything else, as YAML makes of an unquoted `no` or of nothing, raises `UserError`."
+    if not isinstance(items := content.get(key, []), list):
+        found = "nothing" if items is None else repr(items)
+        raise UserError(f"{key}: must be a list of names, found {found}; write [] for none")
+    if wrong := [item for item in items if type(item) is not str]:
+        remedy = "put names in quotes, since YAML reads an unquoted no, on, null or 1 as something else"
+        raise UserError(f"{key}: must be a list of names, found {wrong!r}; {remedy}")
     return items
 
 
@@ -166,8 +168,10 @@ def parse_label_set(
     seen, unseen = ([normal_name(name) for name in read_list(content, key)] for key in ("seen", "unseen"))
     if "seen" in content:
         check_division(plain, seen, unseen)
+    if type(name := content.get("name", default_name)) is not str or not name:
+        raise UserError(f"name: {name!r} is no text; put it in quotes, or leave the key out")
     return LabelSet(
-        name=str(content.get("name") or default_name),
+        name=name,
         classes=tuple(classes),
         unseen=names_to_ids(plain, unseen, "unseen"),
         templates=tuple(read_list(content, "templates")) or LabelSet.templates,

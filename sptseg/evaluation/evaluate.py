@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['benchmark_of', 'load_parts', 'file_notes', 'biased_classes', 'eval_loader', 'evaluate', 'segmenter_predictor',
-           'training_free_predictor', 'predict_samples', 'same_dataset', 'without_split', 'read_notes', 'recipe_of_run',
-           'load_model', 'evaluate_weights', 'evaluation_path']
+           'training_free_predictor', 'predict_samples', 'same_dataset', 'without_split', 'read_notes',
+           'run_recipe_path', 'recipe_of_run', 'load_model', 'evaluate_weights', 'evaluation_path']
 
 # %% ../../nbs/51_evaluation.evaluate.ipynb #5ec4c09b
 from collections.abc import Callable, Iterable
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from ..core import UserError, provenance, read_yaml, save_json
+from ..core import UserError, nearest_name, provenance, read_yaml, save_json
 from ..data.benchmarks import Benchmark, data_identity, digest, load_benchmark
 from ..data.folder import folder_labels
 from ..data.label_sets import LabelSet, label_to_train_id
@@ -29,7 +29,7 @@ from ..inference.windows import SEEN_BIAS, default_stride, predict_labels, resiz
 from ..models.clip import ClipModel, class_embeddings, load_clip, load_text_embeddings
 from ..models.encoder import embed_patches
 from ..models.segmenter import FileNotes, Segmenter, load_segmenter, read_segmenter_file
-from ..recipe import Recipe, check_recipe, recipe_path
+from ..recipe import Recipe, check_recipe, refuse_empty
 
 # %% ../../nbs/51_evaluation.evaluate.ipynb #f60046c9
 def benchmark_of(
@@ -189,13 +189,26 @@ def read_notes(
     return FileNotes.model_validate(read_segmenter_file(weights).notes)
 
 
+def run_recipe_path(
+    run: Path,  # folder of a run
+) -> Path:  # its recipe.yaml
+    """Find the recipe of a run; a folder that is none raises a `UserError` with the nearest run beside it."""
+    if (path := run / "recipe.yaml").is_file():
+        return path
+    problem = f"{path} is missing, so this folder is no run" if run.is_dir() else "this run does not exist"
+    beside = [str(file.parent) for file in run.parent.glob("*/recipe.yaml")]
+    remedy = nearest_name(str(run), beside) or "name the folder that `sptseg train` wrote"
+    raise UserError(f"{run}: {problem}; {remedy}")
+
+
 def recipe_of_run(
     run: str | Path,  # folder of a run
     **overrides,  # keys that replace those of its recipe
 ) -> Recipe:  # another dataset does not inherit the folder and the texts of the run's own
     """The recipe of a run, for an evaluation on its own benchmark or another one."""
-    path = recipe_path(Path(run) / "recipe.yaml")
+    path = run_recipe_path(Path(run))
     own = {key: value for key, value in read_yaml(path).items() if value is not None}
+    refuse_empty(overrides)
     wanted = {**own, **overrides}
     moved, elsewhere = wanted["dataset"] != own["dataset"], ("data_root", "text_embeddings", "val_images")
     weights = [file for name in ("model", "best") if (file := Path(run) / f"{name}.safetensors").exists()]
@@ -203,7 +216,7 @@ def recipe_of_run(
         moved = not same_dataset(read_notes(weights[0]), folder_labels(wanted["data_root"]), "folder")
         overrides = {"data_root": wanted["data_root"], **overrides}
     kept = {key: value for key, value in own.items() if not (moved and key in elsewhere)}
-    return check_recipe({**kept, **overrides}, str(path))
+    return check_recipe(kept, str(path), overrides)
 
 # %% ../../nbs/51_evaluation.evaluate.ipynb #a6451310
 def load_model(
