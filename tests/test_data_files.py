@@ -1,17 +1,30 @@
 """Reading images, masks and lists: exactly what the files hold, or an error that names the file."""
 
 import pickle
+import struct
+import unicodedata
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 from torch.utils.data import DataLoader
 
 from sptseg.core import IGNORE, UserError
-from sptseg.data.files import FileSamples, read_image, read_mask, read_names
+from sptseg.data.files import (
+    FileSamples,
+    check_present,
+    decode,
+    image_size,
+    read_bytes,
+    read_image,
+    read_mask,
+    read_names,
+)
 from sptseg.data.label_sets import LabelSet, load_label_set, raw_lookup
+from sptseg.inference.images import as_image
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples"
 needs_samples = pytest.mark.skipif(not SAMPLES.exists(), reason="sample images and masks are not here")
@@ -70,12 +83,79 @@ def test_transparent_palettes_are_read_without_a_warning(tmp_path, recwarn):
     assert np.array_equal(read_image(tmp_path / "x.png").permute(1, 2, 0), colours) and not recwarn
 
 
-def test_a_rotation_in_the_exif_data_is_not_applied(tmp_path):
-    note = Image.Exif()
-    note[0x0112] = 6
-    Image.fromarray(noise()).save(tmp_path / "x.jpg", exif=note, quality=100)
-    Image.fromarray(noise()).save(tmp_path / "y.jpg", quality=100)
-    assert torch.equal(read_image(tmp_path / "x.jpg"), read_image(tmp_path / "y.jpg"))
+@pytest.mark.parametrize("note", range(1, 9))
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
+def test_every_orientation_is_applied_as_pillow_would(tmp_path, note, ending):
+    exif = Image.Exif()
+    exif[0x0112] = note
+    file = tmp_path / f"x.{ending}"
+    Image.fromarray(noise()).save(file, exif=exif)
+    read = read_image(file)
+    with Image.open(file) as opened:
+        expected = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+        assert image_size(file) == (read.shape[2], read.shape[1])
+    assert np.array_equal(read.permute(1, 2, 0), expected) and read.shape[1:] == ((20, 30) if note < 5 else (30, 20))
+    assert torch.equal(read, as_image(file)), "the note is obeyed once, whatever the way in"
+
+
+def test_unreadable_and_senseless_notes_turn_nothing(tmp_path):
+    for number, data in enumerate([b"Exif\0\0broken", b"Exif\0\0MM\0\x2a\0\0\0\xff"]):
+        Image.fromarray(noise()).save(tmp_path / f"{number}.jpg", exif=data, quality=100)
+        Image.fromarray(noise()).save(tmp_path / "plain.jpg", quality=100)
+        assert torch.equal(read_image(tmp_path / f"{number}.jpg"), read_image(tmp_path / "plain.jpg"))
+    exif = Image.Exif()
+    exif[0x0112] = 77
+    Image.fromarray(noise()).save(tmp_path / "77.png", exif=exif)
+    assert np.array_equal(read_image(tmp_path / "77.png").permute(1, 2, 0), noise())
+
+
+def test_turned_images_and_masks_fit_and_are_counted(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(noise()).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(noise(30, 20, 1, 4)).save(tmp_path / "drawn.png")
+    Image.fromarray(noise(20, 30, 1, 4)).save(tmp_path / "unturned.png")
+    data = FileSamples(images=[tmp_path / "a.png"] * 2, masks=[tmp_path / "drawn.png", tmp_path / "unturned.png"])
+    assert data.is_turned(0) and np.array_equal(data[0].mask, noise(30, 20, 1, 4))
+    assert "turned as its EXIF note says" in refusal(data.__getitem__, 1)
+
+
+# Large and elongated images
+
+
+def test_the_limit_of_the_size_is_ours_and_can_be_set(tmp_path, monkeypatch, recwarn):
+    file = tmp_path / "x.png"
+    Image.fromarray(noise()).save(file)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow would refuse above 200
+    assert read_image(file).shape == (3, 20, 30) and not recwarn and Image.MAX_IMAGE_PIXELS == 100
+    monkeypatch.setenv("SPTSEG_MAX_PIXELS", "599")
+    for reader in (read_image, read_mask, as_image):
+        text = refusal(reader, file)
+        assert text.startswith(f"{file}: is 30×20, 600 pixels; the limit is 599") and "SPTSEG_MAX_PIXELS=600" in text
+    monkeypatch.setenv("SPTSEG_MAX_PIXELS", "600")
+    assert read_image(file).shape == (3, 20, 30)
+
+
+@pytest.mark.parametrize("value", ["many", "-3", "0", "1e9", "2.5"])
+def test_a_limit_that_is_no_number_is_named(tmp_path, monkeypatch, value):
+    Image.fromarray(noise()).save(tmp_path / "x.png")
+    monkeypatch.setenv("SPTSEG_MAX_PIXELS", value)
+    assert refusal(read_image, tmp_path / "x.png").startswith(f"SPTSEG_MAX_PIXELS: {value!r} is not")
+
+
+def test_a_large_sound_image_is_read(tmp_path, recwarn):
+    Image.new("1", (14_000, 13_000)).save(tmp_path / "big.png")  # above both of Pillow's limits
+    assert decode(read_bytes(tmp_path / "big.png"), "big.png").size == (14_000, 13_000) and not recwarn
+
+
+@pytest.mark.parametrize(("size", "read"), [((1, 100), True), ((100, 1), True), ((1, 101), False), ((909, 9), False)])
+def test_elongated_images_are_read_up_to_a_hundred_to_one(tmp_path, size, read):
+    Image.new("RGB", size).save(tmp_path / "strip.png")
+    for reader in (read_image, as_image):
+        if read:
+            assert reader(tmp_path / "strip.png").shape == (3, *size[::-1])
+        else:
+            assert refusal(reader, tmp_path / "strip.png").startswith(f"{tmp_path / 'strip.png'}: is {size[0]}×")
 
 
 @pytest.mark.parametrize("reader", [read_image, read_mask])
@@ -162,7 +242,12 @@ def test_masks_with_colours_or_other_depths_are_refused(tmp_path, mode, reason):
 
 def test_grey_masks_of_few_bits_would_be_stretched_and_are_refused(tmp_path):
     numbers = noise(channels=1, high=4)
-    Image.fromarray(numbers).save(tmp_path / "x.png", bits=4)
+    rows = b"".join(
+        b"\0" + bytes(row[::2] << 4 | row[1::2]) for row in numbers
+    )  # newer versions of Pillow write 8 bits
+    parts = [(b"IHDR", struct.pack(">2I5B", 30, 20, 4, 0, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in parts]
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
     assert not np.array_equal(np.asarray(Image.open(tmp_path / "x.png")), numbers), "Pillow multiplies by 17"
     assert "4-bit grey" in refusal(read_mask, tmp_path / "x.png")
 
@@ -250,6 +335,24 @@ def test_a_label_outside_the_class_list_names_the_mask_file(pair):
     lookup = raw_lookup(LabelSet("own", ("x", "y", "z")))
     text = refusal(FileSamples(images=[pair[0]], masks=[pair[1]], lookup=lookup).__getitem__, 0)
     assert text.startswith(f"{pair[1]}: label 3 is outside the class list (0..2 and 255)")
+
+
+def test_names_match_in_every_unicode_form(tmp_path):
+    for form, other in (("NFC", "NFD"), ("NFD", "NFC")):
+        folder = tmp_path / form
+        folder.mkdir()
+        for name in ("Übung", "cœur-é", "plain"):
+            Image.fromarray(noise()).save(folder / f"{unicodedata.normalize(form, name)}.png")
+        wanted = [folder / f"{unicodedata.normalize(other, name)}.png" for name in ("Übung", "plain", "cœur-é")]
+        data = FileSamples(images=wanted, masks=[folder / "plain.png"] * 3)
+        assert all(path.exists() for path in data.images) and read_image(data.images[0]).shape == (3, 20, 30)
+        text = refusal(check_present, [*wanted, folder / "ö.png"], "image")
+        assert text.startswith(f"{folder / 'ö.png'}: this image does not exist (1 of 4")
+
+
+def test_a_list_that_repeats_a_name_in_another_form_is_refused(tmp_path):
+    (tmp_path / "train.txt").write_text("\n".join(["a", "\u00fc", "u\u0308"]))
+    assert "is listed twice" in refusal(read_names, tmp_path / "train.txt")
 
 
 def test_loader_workers_read_the_same(pair):

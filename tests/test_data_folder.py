@@ -104,6 +104,37 @@ def test_a_similar_name_that_has_its_own_image_is_no_hint(root):
     assert "b1.png" not in refusal(root)
 
 
+@pytest.mark.parametrize("ending", ["jfif", "jpe", "JPE", "tif", "bmp"])
+def test_all_suffixes_of_images_are_read(root, ending):
+    image = root / "images/train/a.png"
+    Image.open(image).convert("RGB").save(root / f"images/train/a.{ending}", quality=100)
+    image.unlink()
+    assert [sample.name for sample in folder_samples(root, "train")] == ["a", "b", "c"]
+
+
+def test_subfolders_pair_with_subfolders(root):
+    for kind, ending, channels in (("images", "jpg", 3), ("masks", "png", 1)):
+        for number, sub in enumerate(("north", "south/far", ".hidden")):
+            (root / kind / "train" / sub).mkdir(parents=True)
+            Image.fromarray(draw(number, 4, channels)).save(root / kind / "train" / sub / f"a.{ending}")
+    data = folder_samples(root, "train")
+    assert [sample.name for sample in data] == ["a", "b", "c", "north/a", "south/far/a"]
+    assert torch.equal(data[4].mask, torch.from_numpy(draw(1, 4, 1)).sub(1))
+    (root / "masks/train/south/far/a.png").rename(root / "masks/train/south/a.png")
+    wanted = root / "masks/train/south/far/a.png"
+    assert refusal(root).startswith(
+        f"{root / 'images/train/south/far/a.jpg'}: its mask {wanted} does not exist (1 of 5"
+    )
+
+
+def test_names_that_differ_in_their_unicode_form_are_pairs(root):
+    (root / "images/train/a.png").rename(root / "images/train/u\u0308.png")
+    (root / "masks/train/a.png").rename(root / "masks/train/\u00fc.png")
+    assert [sample.name for sample in folder_samples(root, "train")] == ["b", "c", "\u00fc"]
+    Image.fromarray(draw(0)).save(root / "images/train/\u00fc.jpg")
+    assert "has the same name" in refusal(root)
+
+
 def test_two_images_of_one_name(root):
     Image.fromarray(draw(0)).save(root / "images/train/b.png")
     text = refusal(root)

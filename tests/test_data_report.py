@@ -8,6 +8,8 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch.utils.data import Subset
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -141,6 +143,19 @@ def test_background_that_is_no_class_may_fill_most_of_a_image():
     assert any("have no label" in line for line in report_warnings(quiet(LABELS, Drawn(change=change))))
     voc_like = LabelSet("four", LABELS.classes, unseen=(1,), numbers=(1, 2, 3, 4))
     assert report_warnings(quiet(voc_like, Drawn(change=change))) == []
+
+
+def test_images_turned_by_their_note_are_counted(tmp_path):
+    for index in range(4):
+        exif = Image.Exif()
+        exif[0x0112] = 3 if index % 2 else 1
+        Image.fromarray(Drawn()[0].image.permute(1, 2, 0).numpy()).save(tmp_path / f"{index}.jpg", exif=exif)
+        Image.fromarray(Drawn()[0].mask.numpy()).save(tmp_path / f"{index}.png")
+    paths = [tmp_path / f"{index}.jpg" for index in range(4)]
+    data = FileSamples(images=paths, masks=[path.with_suffix(".png") for path in paths])
+    assert any(line.startswith("2 of 4 images are turned") for line in report_warnings(quiet(LABELS, data)))
+    assert any(line.startswith("1 of 2 images") for line in report_warnings(quiet(LABELS, Subset(data, [1, 2]))))
+    assert report_warnings(quiet(LABELS, Subset(data, [0, 2]))) == []
 
 
 def test_a_part_of_the_dataset_is_said_to_be_a_part():

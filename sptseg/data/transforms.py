@@ -77,10 +77,10 @@ def coin(
 def rescaled_size(
     size: tuple[int, int],  # (height, width) of the image
     scale: tuple[int, int],  # (short, long): the box that the result fits into
-) -> tuple[int, int]:  # (height, width), aspect kept, rounded half up
+) -> tuple[int, int]:  # (height, width), aspect kept, rounded half up, at least 1
     "Largest size of the same aspect inside a box (mmcv's `rescale_size`)."
     factor = min(scale[1] / max(size), scale[0] / min(size))
-    return int(size[0] * factor + 0.5), int(size[1] * factor + 0.5)
+    return max(1, int(size[0] * factor + 0.5)), max(1, int(size[1] * factor + 0.5))
 
 
 def random_size(
