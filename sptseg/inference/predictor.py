@@ -309,12 +309,16 @@ class Predictor(HubModel):
     ) -> Result | list[Result]:
         """Label every pixel of an image, or of each image of a list, with one of the names."""
         query = self.query(classes, threshold, seen_bias, templates)
-        many = isinstance(image, list | tuple)
-        images = self.encoded(image if many else [image])
-        results = [label_encoded(self.segmenter, one, query, scores) for one in images]
-        for result in results:
-            result.model = self.source
-        return results if many else results[0]
+        if not isinstance(image, list | tuple):
+            return self.label(image, query, scores)
+        return [self.label(one, query, scores) for one in self.encoded(image)]
+
+    def label(self, image: ImageLike | EncodedImage, query: Query, scores: bool = False) -> Result:
+        """Label one image with the names and options of a query."""
+        encoded = image if isinstance(image, EncodedImage) else self.encode(image)
+        result = label_encoded(self.segmenter, encoded, query, scores)
+        result.model = self.source
+        return result
 
     def encoded(self, images: Sequence[ImageLike | EncodedImage]) -> Iterator[EncodedImage]:
         """Encode images eight at a time, except those that are encoded already."""

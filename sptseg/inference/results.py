@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['MIN_SIDE', 'MAX_SIDE', 'MAX_NAMES', 'DEJAVU', 'LEGEND', 'none_label', 'class_colours', 'font_file', 'region_centre',
-           'scale_nearest', 'blend', 'draw_names', 'add_legend', 'save_mask', 'save_legend', 'Result']
+           'scale_nearest', 'blend', 'draw_names', 'add_legend', 'save_mask', 'query_legend', 'legend_digest',
+           'save_legend', 'Result']
 
 # %% ../../nbs/47_inference.results.ipynb #47a10002
 import base64
+import hashlib
 import html
 import io
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -157,17 +160,34 @@ def save_mask(
     return write_atomically(path, lambda temporary: image.save(temporary, "PNG", pnginfo=info))
 
 
+def query_legend(
+    classes: Sequence[str],  # C names
+    model: dict,  # "name" and "sha256" of its file
+    options: dict,  # threshold, seen_bias and templates
+) -> dict:  # the content of legend.json
+    """Say what the numbers in a mask mean and where they come from."""
+    return {"classes": list(classes), "none": none_label(len(classes)), "model": model, "options": options}
+
+
+def legend_digest(
+    legend: dict,  # see `query_legend`
+) -> str:  # 64 hexadecimal digits
+    """Hash the meaning of a legend; a model is known by its content, not by its name."""
+    model = {key: value for key, value in legend.get("model", {}).items() if key != "name"}
+    return hashlib.sha256(json.dumps({**legend, "model": model}, sort_keys=True).encode()).hexdigest()
+
+
 def save_legend(
     folder: str | Path,  # of the masks
-    content: dict,  # "classes", "none", "model" and "options"
+    legend: dict,  # see `query_legend`
     overwrite: bool = False,  # replace another legend
 ) -> Path:  # the file
     """Write the legend; a folder with another one raises `UserError`."""
     path = Path(folder, LEGEND)
-    if path.exists() and not overwrite and (before := read_yaml(path)) != content:  # JSON is YAML
-        keys = ", ".join(key for key in {**content, **before} if before.get(key) != content.get(key))
+    if path.exists() and not overwrite and legend_digest(before := read_yaml(path)) != legend_digest(legend):
+        keys = ", ".join(key for key in {**legend, **before} if before.get(key) != legend.get(key))
         raise UserError(f"{path}: belongs to results with other {keys}; choose another folder, or overwrite them")
-    return save_json(path, content)
+    return save_json(path, legend)
 
 # %% ../../nbs/47_inference.results.ipynb #47a10015
 @dataclass(eq=False, repr=False)
@@ -222,13 +242,14 @@ class Result:
         return add_legend(drawing, entries) if legend else drawing
 
     def legend(self) -> dict:  # what the numbers in a mask mean and where they come from
-        return {"classes": list(self.classes), "none": self.none, "model": self.model, "options": self.options}
+        return query_legend(self.classes, self.model, self.options)
 
     def save(self, folder: str | Path, stem: str | None = None, *, overwrite: bool = False, **notes: str) -> Path:
         """Write legend.json, STEM-overlay.png and last STEM.png, the mask, whose path is returned."""
         folder, stem = Path(folder), stem or self.stem
         save_legend(folder, self.legend(), overwrite)
         write_atomically(folder / f"{stem}-overlay.png", lambda temporary: self.overlay().save(temporary, "PNG"))
+        notes["legend"] = legend_digest(self.legend())
         return save_mask(folder / f"{stem}.png", self.labels, self.classes, **notes)
 
     def _repr_png_(self) -> bytes:
