@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SETTINGS_HELP', 'DATASETS', 'parse_overrides', 'default_folder', 'first_comment', 'run_train', 'run_recipes',
-           'run_evaluate', 'run_prepare', 'run_report', 'run_convert', 'run_check_reference', 'no_setting', 'describe',
-           'add_run_commands', 'add_data_commands', 'make_parser', 'parse_arguments', 'output_is_closed', 'main']
+           'run_evaluate', 'run_prepare', 'run_report', 'run_convert', 'run_check_reference', 'run_models',
+           'run_predict', 'no_setting', 'describe', 'add_run_commands', 'add_predict_commands', 'add_data_commands',
+           'make_parser', 'parse_arguments', 'output_is_closed', 'main']
 
 # %% ../nbs/90_cli.ipynb #485c49d5
 import argparse
@@ -146,6 +147,41 @@ def run_check_reference(arguments: argparse.Namespace) -> int:
 
     return 0 if check_reference(arguments.folder, device=arguments.device) else 1
 
+# %% ../nbs/90_cli.ipynb #90b10002
+def run_models(arguments: argparse.Namespace) -> int:
+    """List the trained models that ship with sptseg."""
+    from sptseg.inference.predictor import shipped_models
+    from sptseg.models.segmenter import FileNotes, read_segmenter_file
+
+    for name, path in shipped_models().items():
+        notes = FileNotes.model_validate(read_segmenter_file(path).notes)
+        trained = f"{notes.method} on {notes.dataset}, {len(notes.classes)} classes, {len(notes.unseen)} unseen"
+        print(f"{name}  {trained}, hIoU {notes.metrics['hIoU']:.1f}, clip {notes.clip}")
+    return 0
+
+
+def run_predict(arguments: argparse.Namespace) -> int:
+    """Label images by class names."""
+    from sptseg.inference.folders import label_files, list_images, read_class_file
+    from sptseg.inference.predictor import load, parse_names
+
+    images, names = list_images(arguments.images, arguments.out), None
+    if arguments.classes is not None:
+        names = parse_names(arguments.classes)
+    elif arguments.classes_file is not None:
+        names = read_class_file(arguments.classes_file)
+    model = load(arguments.model, arguments.device, clip_weights=arguments.clip_weights)
+    query = model.query(names, arguments.threshold, arguments.seen_bias, arguments.template)
+    options = {"scores": arguments.scores, "overwrite": arguments.overwrite, "progress": not arguments.quiet}
+    outcome = label_files(model, images, arguments.out, query, **options)
+    for line in outcome.failed:
+        print(f"sptseg: {line}", file=sys.stderr)
+    kept = f", {len(outcome.kept)} were there already" if outcome.kept else ""
+    failed = f", {len(outcome.failed)} failed" if outcome.failed else ""
+    print(f"labelled {len(outcome.labelled)} images{kept}{failed}")
+    print(f"masks, overlays and legend.json: {arguments.out}")
+    return 1 if outcome.failed else 0
+
 # %% ../nbs/90_cli.ipynb #52e93ac5
 SETTINGS_HELP = "settings that replace the recipe's, for instance seed=1 iterations=200"
 
@@ -211,6 +247,37 @@ def add_run_commands(
         command.add_argument("settings", nargs="*", default=[], metavar="key=value", help=SETTINGS_HELP)
         command.add_argument("--quiet", action="store_true", help="no progress bars")
 
+# %% ../nbs/90_cli.ipynb #90b10003
+def add_predict_commands(
+    commands: argparse._SubParsersAction,  # of the main parser
+) -> None:
+    """`predict` and `models`."""
+    models = commands.add_parser("models", **describe("list the trained models that ship with sptseg", "models"))
+    models.set_defaults(command=run_models)
+    predict = commands.add_parser(
+        "predict",
+        **describe(
+            "label images by class names: masks, overlays and a legend; an interrupted call goes on",
+            'predict spt-seg-glyphs scene.png --classes "red heart, green cat" --out labels',
+            "predict runs/voc photos/ --classes-file names.txt --threshold 0.3 --out labels",
+        ),
+    )
+    predict.add_argument("model", help="a shipped name, a run's folder, a file of weights, or an id on the Hub")
+    predict.add_argument("images", nargs="+", type=Path, help="images, or folders of images")
+    predict.add_argument("--out", type=Path, required=True, help="folder to write to")
+    names = predict.add_mutually_exclusive_group()
+    names.add_argument("--classes", help="names, separated by commas (default: those of the training)")
+    names.add_argument("--classes-file", type=Path, help="text file with one name a line")
+    predict.add_argument("--threshold", type=float, help="pixels with a lower best score get no class (default: none)")
+    predict.add_argument("--seen-bias", type=float, help="subtracted from scores of names seen in training")
+    predict.add_argument("--template", action="append", help="sentence with {} for the name; may be repeated")
+    predict.add_argument("--scores", action="store_true", help="write STEM-scores.npy, (classes, height, width), too")
+    predict.add_argument("--overwrite", action="store_true", help="label everything again, replace other results")
+    predict.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    predict.add_argument("--clip-weights", type=Path, help="weights of the model's CLIP (default: as in the training)")
+    predict.add_argument("--quiet", action="store_true", help="no progress bar")
+    predict.set_defaults(command=run_predict)
+
 # %% ../nbs/90_cli.ipynb #4efb1f83
 DATASETS = {  # a command: what it prepares
     "voc": "PASCAL VOC 2012 with the augmented training masks of SBD",
@@ -265,6 +332,7 @@ def make_parser() -> argparse.ArgumentParser:
     shtab.add_argument_to(parser, "--print-completion", help="print a completion script for this shell")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_run_commands(commands)
+    add_predict_commands(commands)
     add_data_commands(commands)
     convert = commands.add_parser(
         "convert",
@@ -333,7 +401,7 @@ def main(
         print(f"sptseg: {' '.join(message.split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stopped:
-        print(f"sptseg: {stopped or 'interrupted; the same command goes on'}", file=sys.stderr)
+        print(f"sptseg: {str(stopped) or 'interrupted; the same command goes on'}", file=sys.stderr)
         return 130
     finally:
         sys.stderr = stderr

@@ -252,6 +252,19 @@ def test_wheel_works_away_from_the_checkout(installed):
     assert installed.python("-c", program).startswith(str(installed.site))
 
 
+def test_the_first_block_of_the_readme_runs_from_the_wheel(installed):
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    try:
+        installed.python("-c", block)
+        assert [path.name for path in installed.empty.iterdir()] == ["overlay.png"]
+    finally:
+        (installed.empty / "overlay.png").unlink(missing_ok=True)
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) < 1200
+
+
 @pytest.mark.skipif(find_spec("sptseg.cli") is None, reason="sptseg.cli does not exist yet")
 def test_console_command_of_the_wheel(installed):
     assert "train" in installed.python("-m", "sptseg.cli", "--help")

@@ -17,7 +17,8 @@ NAMES = ["red heart", "green cat", "yellow heart"]
 EXAMPLES = asset_path("examples")
 
 
-def predict(*arguments, names=", ".join(NAMES)):
+def predict(*arguments, names=None):
+    names = names or ", ".join(NAMES)
     return main(["predict", "spt-seg-glyphs", *map(str, arguments), "--classes", names, "--quiet"])
 
 
