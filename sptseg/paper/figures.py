@@ -186,7 +186,7 @@ def plot_curves(
     runs: dict[str, Sequence[dict]],  # method → records of its runs
     levels: dict[str, dict],  # method without training → its record
 ) -> Figure:
-    """Draw mIoU(S), mIoU(U) and hIoU over the iterations, mean and spread over seeds; the reported checkpoint is large."""
+    """Draw the metrics over the iterations, mean and spread over seeds; the reported checkpoint is large."""
     figure, axes = plt.subplots(1, 3, figsize=(PAGE, 1.9), sharey=True)
     for axis, (metric, title) in zip(axes, METRICS.items(), strict=True):
         for place, (method, records) in enumerate(runs.items()):
