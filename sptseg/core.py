@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'UNSEEN', 'UserError', 'error_text', 'nearest_name', 'UniqueKeyLoader', 'parse_yaml', 'read_yaml',
-           'check_type', 'check_parameters', 'write_atomically', 'save_json', 'asset_path', 'BarLines', 'use_bar_lines',
-           'git_commit', 'provenance']
+           'check_type', 'check_parameters', 'write_atomically', 'save_json', 'asset_path', 'import_extra', 'BarLines',
+           'use_bar_lines', 'git_commit', 'provenance']
 
 # %% ../nbs/01_core.ipynb #f637660f
 import ast
 import difflib
+import importlib
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib import metadata, resources
 from pathlib import Path
+from types import ModuleType
 from typing import TextIO
 
 import yaml
@@ -178,6 +180,18 @@ def asset_path(
             f"{path}: this file of sptseg is missing; reinstall the package, or restore the file in the checkout"
         )
     return path
+
+# %% ../nbs/01_core.ipynb #75c00002
+def import_extra(
+    name: str,  # of the module, for instance "onnxruntime"
+    extra: str,  # that installs it, for instance "export"
+) -> ModuleType:
+    """Import a module of an extra; a missing one raises `UserError`."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        missing = f"package {name!r} is missing or broken ({error})"
+        raise UserError(f'{missing}; install it: pip install "sptseg[{extra}]"') from None
 
 # %% ../nbs/01_core.ipynb #318c8cf7
 class BarLines:

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from sptseg.models.prompts import DeepPrompts, SpectralPrompt, filter_to_kernel, hermitian_part, resize_filter
+from sptseg.models.prompts import (
+    DeepPrompts,
+    MatmulSpectralPrompt,
+    SpectralPrompt,
+    filter_to_kernel,
+    hermitian_part,
+    resize_filter,
+)
 
 GRIDS = [(4, 4), (5, 5), (4, 7), (5, 6), (1, 3), (3, 1), (2, 2)]
 
@@ -39,6 +46,18 @@ def test_spectral_prompt_is_a_circular_convolution(grid):
                     expected[:, y, x] += kernel[v, u] * feature_map[:, (y - v) % height, (x - u) % width]
     found = prompt(cls, patches, grid).detach().view(expected.shape).numpy()
     assert np.allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, (1, 1), (12, 12), (32, 32)])
+@pytest.mark.parametrize("trained", ["same grid", (6, 8)])
+def test_matmuls_filter_as_the_fft_does(grid, trained):
+    """The filter may violate the symmetry of a real signal, and may come from another grid."""
+    prompt = SpectralPrompt(grid=grid if trained == "same grid" else trained, width=3, std=1.0)
+    cls, patches = torch.randn(2, 3), torch.randn(2, grid[0] * grid[1], 3)
+    before = {name: value.clone() for name, value in prompt.state_dict().items()}
+    matmuls = MatmulSpectralPrompt(prompt, grid)
+    assert close(matmuls(cls, patches, grid), prompt(cls, patches, grid).detach())
+    assert not list(matmuls.parameters()) and all((prompt.state_dict()[name] == before[name]).all() for name in before)
 
 
 @pytest.mark.parametrize("grid", GRIDS)

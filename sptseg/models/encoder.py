@@ -45,7 +45,7 @@ def embed_patches(
     """Embed patches, add position embeddings and apply `ln_pre`: the input of the first block, without prompts."""
     feature_map = visual.conv1(images.contiguous(memory_format=torch.channels_last))  # no copy to flatten
     position = interpolate_position_embedding(visual.positional_embedding, feature_map.shape[-2:])
-    cls = (class_embedding_count * visual.class_embedding + position[0]).expand(len(images), 1, -1)
+    cls = (class_embedding_count * visual.class_embedding + position[0]).expand(images.shape[0], 1, -1)
     return visual.ln_pre(torch.cat([cls, feature_map.flatten(2).mT + position[1:]], 1))
 
 # %% ../../nbs/32_models.encoder.ipynb #7899c415
@@ -139,7 +139,7 @@ class PromptedEncoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # patch embeddings (B, d, h, w) and cls embedding (B, d), unit-norm
         grid = tuple(side // size for side, size in zip(images.shape[-2:], self.visual.patch_size, strict=True))
         tokens = embed_patches(self.visual, images, self.class_embedding_count)
-        prompts, run = self.deep_prompts(len(images)), self.run_block
+        prompts, run = self.deep_prompts(images.shape[0]), self.run_block
         if self.checkpointing and torch.is_grad_enabled():  # frozen blocks draw no random numbers
             run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         for index, block in enumerate(self.visual.transformer.resblocks):
