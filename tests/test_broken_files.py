@@ -11,7 +11,7 @@ from PIL import Image
 from sptseg.cli import main
 from sptseg.core import UserError
 from sptseg.data.benchmarks import load_benchmark
-from sptseg.data.integrity import check_files, seems_complete
+from sptseg.data.integrity import check_readable, seems_complete
 from sptseg.recipe import check_recipe
 from sptseg.training.checkpoint import checkpoints
 from sptseg.training.loop import RESULTS, WEIGHTS, BatchSampler, train
@@ -82,7 +82,7 @@ def test_a_broken_file_is_named(root, place, damage):
     broken, benchmark = root / place / "photo2.png", load_benchmark("folder", root=root)
     damage(broken)
     with pytest.raises(UserError, match=r"\(1 of 14 files cannot be used\)$") as error:
-        check_files(benchmark.train, benchmark.val, progress=False)
+        check_readable(benchmark.train, benchmark.val, progress=False)
     assert str(error.value).startswith(f"{broken}: ") and "\n" not in str(error.value)
 
 
@@ -96,15 +96,15 @@ def test_colours_in_a_mask_are_found_before_the_first_iteration(root, tmp_path, 
 def test_files_that_a_run_does_not_read_do_not_matter(root):
     cut(root / "images/val/photo2.png")
     benchmark = load_benchmark("folder", root=root, val_images=2)
-    check_files(benchmark.train, benchmark.val, progress=False)
+    check_readable(benchmark.train, benchmark.val, progress=False)
     with pytest.raises(UserError, match="photo2"):
-        check_files(load_benchmark("folder", root=root).val, progress=False)
+        check_readable(load_benchmark("folder", root=root).val, progress=False)
 
 
 def test_data_behind_the_end_of_an_image_is_harmless(root):
     path = root / "images/train/photo0.png"
     path.write_bytes(path.read_bytes() + b"written by a camera")
-    check_files(load_benchmark("folder", root=root).train, progress=False)
+    check_readable(load_benchmark("folder", root=root).train, progress=False)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

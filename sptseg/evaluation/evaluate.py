@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from ..core import UserError, nearest_name, provenance, read_yaml, save_json
 from ..data.benchmarks import Benchmark, data_identity, digest, load_benchmark
 from ..data.folder import folder_labels
+from ..data.integrity import check_readable, read_batches
 from ..data.label_sets import LabelSet, label_to_train_id
 from ..data.transforms import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, SegmentationData
 from .metrics import SegmentationMetrics
@@ -108,7 +109,8 @@ def evaluate(
 ) -> dict:  # pAcc, mIoU(S), mIoU(U), hIoU, mIoU in percent, and "IoU" by class name; see `Scores.as_dict`
     """Metrics of a predictor; the counts of several processes are summed."""
     metrics = SegmentationMetrics(labels)
-    for image, mask, _ in tqdm(loader, desc="evaluate", disable=not progress, leave=False):
+    batches = tqdm(read_batches(loader), total=len(loader), desc="evaluate", disable=not progress, leave=False)
+    for image, mask, _ in batches:
         prediction = predict(image, tuple(mask.shape[-2:]))
         metrics.update(prediction, mask[0].to(prediction.device))
     return metrics.compute().as_dict()
@@ -245,6 +247,7 @@ def evaluate_weights(
 ) -> dict:  # "metrics", "recipe", "weights" and provenance
     """Evaluate saved weights on a whole test set."""
     benchmark, _, predict = load_model(recipe, weights)
+    check_readable(benchmark.val, progress=progress)
     loader = eval_loader(benchmark, recipe.image_size, recipe.workers)
     metrics = evaluate(predict, loader, benchmark.labels, progress=progress)
     results = {

@@ -6,9 +6,10 @@
 __all__ = ['RECIPE', 'INPUTS', 'WEIGHTS', 'BEST', 'RESULTS', 'INTERVAL_KEYS', 'START_KEYS', 'BatchSampler', 'train_loader',
            'set_iteration_seed', 'make_optimizer', 'has_state', 'check_recipe_of', 'file_sha256', 'check_continuation',
            'start_of', 'initial_segmenter', 'run_inputs', 'claim_folder', 'peak_memory', 'Run', 'compute_gradients',
-           'step', 'evaluation_is_due', 'save_state', 'best_evaluation', 'note_on_seen_classes', 'log_samples',
-           'figure_array', 'evaluate_run', 'save_weights', 'evaluate_now', 'record', 'determinism', 'make_accelerator',
-           'finish', 'stopped_text', 'saved_when_stopped', 'read_results', 'iterate', 'train_here', 'train']
+           'step', 'evaluation_is_due', 'save_state', 'write_state', 'best_evaluation', 'note_on_seen_classes',
+           'saved_on_error', 'training_batches', 'log_samples', 'figure_array', 'evaluate_run', 'save_weights',
+           'evaluate_now', 'record', 'determinism', 'make_accelerator', 'finish', 'stopped_text', 'saved_when_stopped',
+           'read_results', 'iterate', 'train_here', 'train']
 
 # %% ../../nbs/62_training.loop.ipynb #a684fc48
 import hashlib
@@ -39,6 +40,7 @@ from tqdm.auto import tqdm
 from ..core import UserError, provenance, read_yaml, save_json, write_atomically
 from ..data.benchmarks import Benchmark, data_identity
 from ..data.files import read_bytes
+from ..data.integrity import check_readable, read_batches
 from ..data.label_sets import label_to_train_id, train_class_ids
 from ..data.transforms import SegmentationData, TrainTransform, sample_generator
 from sptseg.evaluation.evaluate import (
@@ -56,7 +58,7 @@ from ..models.clip import ClipModel
 from ..models.segmenter import Segmenter, build_segmenter, load_segmenter, save_segmenter
 from ..plots import show_segmentations
 from ..recipe import RUNTIME_KEYS, Recipe, check_recipe, learning_rate, peak_rate_share, phases, recipe_text
-from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from .checkpoint import checkpoint_path, checkpoints, load_checkpoint, save_checkpoint
 from .launch import in_group, is_main, run_in_processes
 from .losses import pseudo_label, segmentation_loss
 from .mask_losses import present_classes
@@ -400,8 +402,15 @@ def save_state(
 ) -> None:
     """Write a checkpoint, in one process of several."""
     if run.accelerator.is_main_process:
-        tensors, keep = run.segmenter.trained_tensors(), run.recipe.keep_checkpoints
-        save_checkpoint(run.out, run.done, tensors, run.optimizer, run.history, keep)
+        write_state(run)
+
+
+def write_state(
+    run: Run,
+) -> None:
+    """Write a checkpoint, in whichever process calls it; all of them hold the same state."""
+    tensors, keep = run.segmenter.trained_tensors(), run.recipe.keep_checkpoints
+    save_checkpoint(run.out, run.done, tensors, run.optimizer, run.history, keep)
 
 
 def best_evaluation(
@@ -425,6 +434,39 @@ def note_on_seen_classes(
         return None
     seen, unseen = (f"{name} {best[name]:.1f} → {now[name]:.1f}" for name in ("mIoU(S)", "mIoU(U)"))
     return f"since iteration {best['iteration']}, seen classes gain ({seen}) and unseen ones lose ({unseen})"
+
+# %% ../../nbs/62_training.loop.ipynb #6d9e2265
+@contextmanager
+def saved_on_error(
+    run: Run,
+) -> Iterator[None]:
+    """Save the iterations done so far if the block fails; a `UserError` says so."""
+    try:
+        yield
+    except Exception as error:
+        if not run.done:
+            raise
+        try:
+            if not checkpoint_path(run.out, run.done).exists():
+                write_state(run)
+        except UserError as unsaved:
+            warnings.warn(str(unsaved), stacklevel=2)
+            raise error from None
+        if not isinstance(error, UserError):
+            raise
+        saved = f"iteration {run.done} of {run.recipe.iterations} is saved in {run.out}"
+        raise UserError(f"{error}; {saved}") from None
+
+
+def training_batches(
+    run: Run,
+    setting: str,  # of the phase
+    **part,  # of `BatchSampler`: first, last
+) -> Iterator[list]:  # see `train_loader`
+    """Batches of this process; an image that cannot be read does not cost the iterations before it."""
+    loader = train_loader(run.benchmark, run.recipe, setting, **part, **run.share)
+    with saved_on_error(run):
+        yield from read_batches(loader)
 
 # %% ../../nbs/62_training.loop.ipynb #8af3106a
 def log_samples(
@@ -461,7 +503,9 @@ def evaluate_run(
     labels, size = run.benchmark.labels, run.recipe.image_size
     run.segmenter.eval()
     predict = segmenter_predictor(run.segmenter, run.text, biased_classes(labels, run.recipe.setting))
-    metrics = evaluate(predict, eval_loader(run.benchmark, size, run.recipe.workers, **run.share), labels, run.progress)
+    loader = eval_loader(run.benchmark, size, run.recipe.workers, **run.share)
+    with saved_on_error(run):
+        metrics = evaluate(predict, loader, labels, run.progress)
     scalars = {f"val/{name}": value for name, value in metrics.items() if isinstance(value, float)}
     per_class = {f"val IoU/{name}": value for name, value in metrics["IoU"].items() if value is not None}
     run.accelerator.log({**scalars, **per_class}, step=run.done)
@@ -646,8 +690,8 @@ def iterate(
         for first, last, setting in phases(run.recipe):
             if run.done == first:
                 run.optimizer.state.clear()  # a phase begins with the weights of the one before, and nothing else
-            part = {"first": max(first, run.done), "last": last, **run.share}
-            for images, label, _ in train_loader(run.benchmark, run.recipe, setting, **part):
+            part = {"first": max(first, run.done), "last": last}
+            for images, label, _ in training_batches(run, setting, **part):
                 values = step(run, images, label, setting)
                 record(run, values)
                 bar.update()
@@ -685,6 +729,8 @@ def train(
         check_recipe_of(out, recipe)  # before the data are looked for
         benchmark, clip, _ = load_parts(recipe)
         claim_folder(out, recipe, run_inputs(recipe, benchmark, clip))
+        if not (out / RESULTS).exists():
+            check_readable(benchmark.train, benchmark.val, progress=progress)
         if (share := peak_rate_share(recipe)) < 0.5:
             reached = f"warmup_iterations {recipe.warmup_iterations}: the rate reaches only {share:.0%} of lr"
             remedy = f"set warmup_iterations below {recipe.iterations // 10}, or train longer"
