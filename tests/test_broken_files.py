@@ -18,7 +18,15 @@ from sptseg.training.loop import RESULTS, WEIGHTS, BatchSampler, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = {
-    **{"dataset": "folder", "image_size": 32, "num_prompts": 2, "decoder_layers": 1, "iterations": 6, "batch_size": 2},
+    **{
+        "dataset": "folder",
+        "clip": "glyph-clip",
+        "image_size": 32,
+        "num_prompts": 2,
+        "decoder_layers": 1,
+        "iterations": 6,
+        "batch_size": 2,
+    },
     **{"warmup_iterations": 0, "eval_every": 2, "checkpoint_every": 6, "keep_final_checkpoints": True},
     **{"tracker": "none"},
 }
