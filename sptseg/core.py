@@ -107,13 +107,13 @@ def read_yaml(
 def check_type(
     name: str,  # of a parameter
     value: object,  # given by papermill
-    kind: str,  # the annotation, for instance "list" or "str | int"
+    kind: str,  # the annotation, for instance "list"; "object" takes any value
 ) -> None:
     """Refuse a value of another type; YAML reads 1e-3 as text, which is accepted for a number."""
     kinds = eval(kind, {})
     with suppress(TypeError, ValueError):
         value = float(value) if kinds is float and not isinstance(value, bool) else value
-    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds not in (bool, object)):
         quotes = f"; for text, use `-r {name} VALUE` in place of -p, or quotes in a file" if kinds is str else ""
         raise UserError(f"parameters: {name}: must be {kind}, found {value!r}{quotes}")
 

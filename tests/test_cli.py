@@ -187,7 +187,7 @@ BAD_LABEL_SETS = {
     "empty": ({"classes": []}, ["classes", "empty"]),
     "no classes": ({"name": "nothing"}, ["classes", "empty"]),
     "unknown name": ({"classes": ["cat"], "unseen": ["cow"]}, ["unseen", "'cow'"]),
-    "twice": ({"classes": ["cat", "cat"]}, ["classes", "'cat'", "twice"]),
+    "twice": ({"classes": ["cat", "cat"]}, ["classes", "'cat'", "list it once"]),
     "all unseen": ({"classes": ["cat"], "unseen": ["cat"]}, ["unseen", "at least one"]),
     "wrong type": ({"classes": ["cat", True]}, ["classes", "True"]),
     "unknown key": ({"classes": ["cat"], "colours": []}, ["colours"]),

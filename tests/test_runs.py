@@ -6,6 +6,7 @@ from pathlib import Path
 import papermill
 import pytest
 
+from sptseg.core import UserError, check_parameters
 from sptseg.recipe import Recipe, check_recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +22,7 @@ def run_notebook(name, folder, **parameters):
 
 def test_parameters_of_train_are_the_keys_of_a_recipe():
     parameters = papermill.inspect_notebook(RUNS / "train.ipynb")
-    assert parameters.keys() - {"out", "record"} == Recipe.model_fields.keys()
+    assert parameters.keys() - {"recipe_file", "out", "record"} == Recipe.model_fields.keys()
 
 
 def test_what_a_recipe_does_not_name_has_its_default(tmp_path):
@@ -76,3 +77,52 @@ def test_a_mistake_in_the_parameters_stops_the_notebook_before_training(tmp_path
     with pytest.raises(papermill.PapermillExecutionError, match="decoder_layers"):
         run_notebook("train", tmp_path, out="run", decoder_layers=0)
     assert not (tmp_path / "run").exists()
+
+
+MISTAKES = {  # notebook: (parameters, what the one line must say)
+    "a misspelt key": ("train", {"iteratons": 3}, "unknown parameter 'iteratons'; did you mean 'iterations'?"),
+    "a list that is none": ("tables", {"seeds": 3}, "seeds: must be list, found 3"),
+    "text for a number": ("complexity", {"repeats": "often"}, "repeats: must be int, found 'often'"),
+    "a truth value for a number": ("benchmark", {"threads": True}, "threads: must be int, found True"),
+    "a number for text": ("evaluate", {"run": 2012}, "run: must be str, found 2012; for text, use `-r run VALUE`"),
+    "nothing for a list": ("figures", {"seeds": None}, "seeds: must be list, found None"),
+    "a key of another notebook": ("demo", {"recipe": "demo/smoke"}, "did you mean 'recipes'?"),
+    "an unlike key": ("evaluate", {"zzz": 1}, "the parameters are run, dataset, data_root, val_images, out"),
+    "nothing for prompts": ("train", {"spectral_blocks": None}, "spectral_blocks: no value is given; write none"),
+    "a wrong value": ("train", {"batch_size": 0, "lr": "1e-3"}, "batch_size=0: input should be greater than 0"),
+    "a recipe that does not exist": ("train", {"recipe_file": "demo/sptseg"}, "did you mean 'demo/spt-seg'?"),
+    "a recipe in a list": ("demo", {"recipes": ["demo/zegclp"]}, "did you mean 'demo/zegclip'?"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_what_a_notebook_does_not_know_is_refused_in_one_line(tmp_path, case):
+    name, parameters, expected = MISTAKES[case]
+    with pytest.raises(papermill.PapermillExecutionError) as error:
+        run_notebook(name, tmp_path, **parameters)
+    shown = error.value.traceback
+    assert shown == [f"UserError: {error.value.evalue}"] or shown == f"UserError: {error.value.evalue}"
+    assert expected in error.value.evalue and not (tmp_path / "run").exists()
+
+
+BAD_FILES = [("seed: 1\nlr: 0.1\nseed: 2\n", "'seed' is given twice, in lines 1 and 3"), ("lr: [0.1\n", "in line 2")]
+
+
+@pytest.mark.parametrize(("text", "expected"), BAD_FILES)
+def test_a_recipe_that_the_notebook_reads_itself_is_checked(tmp_path, text, expected):
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(papermill.PapermillExecutionError, match=expected) as error:
+        run_notebook("train", tmp_path, recipe_file="own.yaml")
+    assert "own.yaml" in error.value.evalue
+
+
+def test_parameters_are_compared_by_name_and_type():
+    cells = ["seeds: list = [0]\nlr: float = 0.1\nout: str = None  # a folder", "import os", "%not python", ""]
+    assert check_parameters({"In": cells}) == {} == check_parameters({})
+    given = {"seeds": [1], "lr": "1e-3", "out": None}
+    injected = "# Parameters\n" + "\n".join(f"{name} = {value!r}" for name, value in given.items()) + "\n"
+    later = "seeds, out = 3, object()\nanother = 4"  # what a second run of the cells finds is no parameter
+    assert check_parameters({"In": [*cells, injected, later], "seeds": 3}) == given
+    for wrong in ("seed = [0]", "seeds = (0,)", "lr = True", "out = 3"):
+        with pytest.raises(UserError, match=f"parameters: .*{wrong.split()[0]}"):
+            check_parameters({"In": [*cells, f"# Parameters\n{wrong}\n"]})
