@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from .core import UserError, asset_path, nearest_name, read_yaml
-from .models.segmenter import METHODS, SegmenterConfig
+from .models.segmenter import METHODS, SEEN_BIAS, SegmenterConfig
 
 # %% ../nbs/40_recipe.ipynb #rec10001
 def choose_clip(
@@ -67,6 +67,7 @@ class Recipe(BaseModel):
     clip: str = "glyph-clip"  # a CLIP's name, see `sptseg.models.clip.load_clip`; OpenAI's ViT-B/16 for photographs
     clip_weights: str | None = None  # its weights: a tag of open_clip or a file
     text_embeddings: str | None = None  # .npy file with the class embeddings; None: from CLIP's text encoder
+    seen_bias: Annotated[float, Field(ge=-1, le=1)] = SEEN_BIAS  # calibrated stacking, in evaluations
     init_from: str | None = None  # file of weights to start from; None: random initial values
     continue_from: str | None = None  # folder of a shorter run of the same recipe, whose state is taken over
     # the model; None: the choice of the method

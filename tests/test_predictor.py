@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 import sptseg
 from sptseg.core import UserError, asset_path
 from sptseg.data.benchmarks import load_benchmark
-from sptseg.evaluation.evaluate import eval_loader, load_model
+from sptseg.data.label_sets import load_label_set
+from sptseg.evaluation.evaluate import eval_loader, evaluate_weights, load_model
+from sptseg.evaluation.metrics import SegmentationMetrics
 from sptseg.inference.predictor import shipped_models
 from sptseg.inference.results import none_label
 from sptseg.models.segmenter import read_segmenter_file
@@ -225,3 +227,18 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 def test_a_photograph_of_twelve_million_pixels_stays_under_four_gib(count):
     done = subprocess.run([sys.executable, "-c", MEMORY, str(count)], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 4
+
+
+def test_seen_bias_of_a_recipe_is_that_of_its_evaluation():
+    """The metrics for another bias are those of labels predicted with it, and a smaller bias favours seen classes."""
+    weights, found = shipped_models()["spt-seg-glyphs"], {}
+    model = sptseg.load("spt-seg-glyphs", device="cpu")
+    for bias in (0.0, 0.4):
+        recipe = load_recipe("table1/glyphs-20/spt-seg", val_images=12, seen_bias=bias)
+        found[bias] = evaluate_weights(recipe, weights, progress=False)["metrics"]
+        metrics, scenes = SegmentationMetrics(load_label_set("glyphs-20")), load_benchmark("glyphs-20", size=96).val
+        for index in range(12):
+            labels = model.predict(scenes[index].image, seen_bias=bias).labels
+            metrics.update(torch.from_numpy(labels).long(), scenes[index].mask)
+        assert metrics.compute().as_dict() == found[bias]
+    assert found[0.0]["mIoU(S)"] > found[0.4]["mIoU(S)"]

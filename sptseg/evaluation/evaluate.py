@@ -26,10 +26,10 @@ from ..data.integrity import check_readable, read_batches
 from ..data.label_sets import LabelSet, label_to_train_id
 from ..data.transforms import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, SegmentationData
 from .metrics import SegmentationMetrics
-from ..inference.windows import SEEN_BIAS, default_stride, predict_labels, resize_masks
+from ..inference.windows import default_stride, predict_labels, resize_masks
 from ..models.clip import ClipModel, class_embeddings, load_clip, load_text_embeddings
 from ..models.encoder import embed_patches
-from ..models.segmenter import FileNotes, Segmenter, load_segmenter, read_segmenter_file
+from ..models.segmenter import SEEN_BIAS, FileNotes, Segmenter, load_segmenter, read_segmenter_file
 from ..recipe import Recipe, check_recipe, refuse_empty
 
 # %% ../../nbs/51_evaluation.evaluate.ipynb #f60046c9
@@ -73,7 +73,7 @@ def file_notes(
         "classes": labels.classes,
         "unseen": [labels.classes[index] for index in labels.unseen],
         "templates": labels.templates,
-        "seen_bias": SEEN_BIAS,
+        "seen_bias": recipe.seen_bias,
         "stride": default_stride(recipe.image_size),
         "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD,
@@ -83,7 +83,7 @@ def file_notes(
 def biased_classes(
     labels: LabelSet,
     setting: str,  # how the model was trained
-) -> tuple[int, ...]:  # ids of the classes whose scores are reduced by 0.1
+) -> tuple[int, ...]:  # ids of the classes whose scores are reduced
     """Classes of calibrated stacking: the seen ones after inductive training, otherwise none."""
     return labels.seen if setting == "inductive" and labels.unseen else ()
 
@@ -120,12 +120,13 @@ def segmenter_predictor(
     model: Segmenter,  # in evaluation mode
     text: Tensor,  # (C, d) embeddings of all classes, where the model is
     biased: tuple[int, ...],  # see `biased_classes`
+    seen_bias: float = SEEN_BIAS,  # subtracted from their scores
 ) -> Callable[[Tensor, tuple[int, int]], Tensor]:
     """Predict with sliding windows of the training size; see `sptseg.inference.windows.default_stride`."""
-    stride = default_stride(model.config.image_size)
+    options = {"stride": default_stride(model.config.image_size), "seen": biased, "seen_bias": seen_bias}
 
     def predict(image: Tensor, size: tuple[int, int]) -> Tensor:
-        return predict_labels(model, image.to(text.device), text, stride=stride, seen=biased, output_size=size)
+        return predict_labels(model, image.to(text.device), text, output_size=size, **options)
 
     return predict
 
@@ -236,7 +237,7 @@ def load_model(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_segmenter(weights, clip.visual, clip=recipe.clip, expected=recipe.segmenter_config()).to(device)
     biased = biased_classes(benchmark.labels, recipe.setting)
-    return benchmark, model, segmenter_predictor(model, text.to(device), biased)
+    return benchmark, model, segmenter_predictor(model, text.to(device), biased, recipe.seen_bias)
 
 
 def evaluate_weights(

@@ -28,7 +28,6 @@ from .hub import HubModel, download_model
 from .images import ImageLike, as_image
 from .results import Result, none_label
 from sptseg.inference.windows import (
-    SEEN_BIAS,
     WindowFeatures,
     default_stride,
     encode_windows,
@@ -37,7 +36,14 @@ from sptseg.inference.windows import (
     window_masks,
 )
 from ..models.clip import ClipModel, check_distinct, check_vocabulary, compute_class_embeddings, load_clip
-from ..models.segmenter import FileNotes, Segmenter, SegmenterConfig, load_segmenter, read_segmenter_file
+from sptseg.models.segmenter import (
+    SEEN_BIAS,
+    FileNotes,
+    Segmenter,
+    SegmenterConfig,
+    load_segmenter,
+    read_segmenter_file,
+)
 
 # %% ../../nbs/46_inference.predictor.ipynb #46a10005
 def clean_names(

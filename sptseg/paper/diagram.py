@@ -26,10 +26,10 @@ from torch.overrides import TorchFunctionMode
 
 from ..core import UserError, asset_path, write_atomically
 from ..data.glyphs import draw_scene
-from ..inference.windows import SEEN_BIAS, class_scores, resize_masks
+from ..inference.windows import class_scores, resize_masks
 from ..models.clip import clip_config
 from ..models.hilo import WINDOW_SIZE
-from ..models.segmenter import Segmenter, SegmenterConfig, build_segmenter
+from ..models.segmenter import SEEN_BIAS, Segmenter, SegmenterConfig, build_segmenter
 
 # %% ../../nbs/80_paper.diagram.ipynb #03d716ed
 Shapes = dict[str, tuple[int, ...]]  # by name: "module", "module[1]" (second output), "module input", "parameter", …

@@ -502,7 +502,8 @@ def evaluate_run(
     """Evaluate on the whole test set, log the metrics and a few images, and return to training mode."""
     labels, size = run.benchmark.labels, run.recipe.image_size
     run.segmenter.eval()
-    predict = segmenter_predictor(run.segmenter, run.text, biased_classes(labels, run.recipe.setting))
+    biased = biased_classes(labels, run.recipe.setting)
+    predict = segmenter_predictor(run.segmenter, run.text, biased, run.recipe.seen_bias)
     loader = eval_loader(run.benchmark, size, run.recipe.workers, **run.share)
     with saved_on_error(run):
         metrics = evaluate(predict, loader, labels, run.progress)
