@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OLD_NAMES', 'CROSS', 'relationship_descriptor', 'ZegCLIPCross', 'TaskTokenSelection', 'SGDCross', 'current_names',
-           'DecoderLayer', 'Decoder']
+           'DecoderLayer', 'Decoder', 'selections', 'kept_share']
 
 # %% ../../nbs/34_models.decoder.ipynb #f92a5806
 import torch
@@ -191,3 +191,20 @@ class Decoder(nn.Module):
         for layer in self.layers:
             queries, _ = layer(queries, feature_map)
         return self.last.mask(queries, feature_map).unflatten(2, feature_map.shape[-2:])
+
+# %% ../../nbs/34_models.decoder.ipynb #0bfa3630
+def selections(
+    model: nn.Module,  # a decoder, or a model that contains one
+) -> dict[str, TaskTokenSelection]:  # by name, in the order of the layers; empty for ZegCLIP's decoder
+    """Find the task-token selections of a model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, TaskTokenSelection)}
+
+
+@torch.no_grad()
+def kept_share(
+    selection: TaskTokenSelection,
+    inputs: tuple[Tensor],  # z, (B, N, d)
+    output: Tensor | None = None,  # unused; a forward hook provides it
+) -> float:  # 0..1
+    """The share of patches that a selection keeps in one call."""
+    return (selection.weights(inputs[0]) > 0).float().mean().item()

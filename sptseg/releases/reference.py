@@ -25,6 +25,7 @@ from ..core import IGNORE, UserError
 from ..data.label_sets import INVALID, LabelSet, label_to_train_id
 from ..inference.windows import average_windows, class_scores, resize_masks
 from ..models.decoder import relationship_descriptor
+from ..models.recording import recorded
 from ..models.segmenter import Segmenter
 from sptseg.releases.names import (
     FIRST_PROMPTS,
@@ -112,17 +113,16 @@ def run_backbone(tensors: dict[str, Tensor], state: dict[str, Tensor], config: d
     """Outputs of a case of the prompted encoder."""
     translation = translate_state(with_prefix(state, "backbone."))
     encoder = read_encoder(translation, heads=config["heads"])
-    visual, blocks, first = encoder.visual, [], []
-    visual.ln_pre.register_forward_hook(lambda module, inputs, output: first.append(output))
-    encoder.run_block.register_forward_hook(lambda module, inputs, output: blocks.append((*inputs, output)))
-    patches, cls = encoder(tensors["image"])
-    blocks = [with_prompt_outputs(*parts) for parts in blocks]
+    visual, modules = encoder.visual, {"ln_pre": encoder.visual.ln_pre, "blocks": encoder.run_block}
+    with recorded(modules, lambda module, inputs, output: (*inputs, output)) as calls:
+        patches, cls = encoder(tensors["image"])
+    first, blocks = calls["ln_pre"][0][-1], [with_prompt_outputs(*parts) for parts in calls["blocks"]]
     normed = encoder.prompt_norm(blocks[-1])
-    inter = {"ln_pre": first[0], "prompt_norm": normed, "ln_post": visual.ln_post(normed)}
+    inter = {"ln_pre": first, "prompt_norm": normed, "ln_post": visual.ln_post(normed)}
     inter |= {f"block_{index}": output for index, output in enumerate(blocks)}
     if encoder.spectral_prompt is not None:
         grid = patches.shape[-2:]
-        sources = [first[0], *(torch.cat([b[:, :1], b[:, b.shape[1] - grid.numel() :]], 1) for b in blocks[:-1])]
+        sources = [first, *(torch.cat([b[:, :1], b[:, b.shape[1] - grid.numel() :]], 1) for b in blocks[:-1])]
         inter |= {f"fre_{i}": encoder.spectral_prompt(s[:, 0], s[:, 1:], tuple(grid)) for i, s in enumerate(sources)}
     inter = {f"inter.{name}": output[0] for name, output in inter.items()}
     return {"visual_embedding": patches, "global_embedding": cls, **inter}
@@ -133,21 +133,19 @@ def run_head(tensors: dict[str, Tensor], state: dict[str, Tensor], config: dict)
     state, heads = with_prefix(state, "decode_head."), config["num_heads"]
     decoder = read_decoder(translate_state(state), heads=heads)
     maps, size = tensors["visual_embedding"], (config["img_size"],) * 2
-    outputs = {}
+    branches = {}
     if translate_state(state).decoder == "sgd":
         for index, cross in enumerate([*(layer.cross for layer in decoder.layers), decoder.last]):
-            for name, branch in (("hf", cross.hilo.high), ("lf", cross.hilo.low)):
-                branch.register_forward_hook(
-                    lambda module, inputs, output, name=f"inter.layer{index}_{name}": outputs.update({name: output[0]})
-                )
-    logits = resize_masks(decoder(maps, tensors["global_embedding"], tensors["text"]), size)
+            branches |= {f"inter.layer{index}_hf": cross.hilo.high, f"inter.layer{index}_lf": cross.hilo.low}
+    with recorded(branches) as outputs:
+        logits = resize_masks(decoder(maps, tensors["global_embedding"], tensors["text"]), size)
     queries, all_masks, all_queries = decoder_queries(decoder, tensors), [], []
     for index in range(config["num_layers"]):
         queries, mask = read_layer(state, index, heads=heads)(queries, maps)
         all_masks.append(mask.unflatten(2, maps.shape[-2:]))
         all_queries.append(queries)
     return {
-        **outputs,
+        **{name: found[0][0] for name, found in outputs.items()},
         "pred_masks": logits,
         "pred": class_scores(logits, config["seen_idx"]),
         "pred_self_training": class_scores(logits),

@@ -59,6 +59,7 @@ from ..models.segmenter import Segmenter, build_segmenter, load_segmenter, save_
 from ..plots import show_segmentations
 from ..recipe import RUNTIME_KEYS, Recipe, check_recipe, learning_rate, peak_rate_share, phases, recipe_text
 from .checkpoint import checkpoint_path, checkpoints, load_checkpoint, save_checkpoint
+from .dead_start import dead_start_check
 from .launch import in_group, is_main, run_in_processes
 from .losses import pseudo_label, segmentation_loss
 from .mask_losses import present_classes
@@ -309,7 +310,7 @@ class Run:
         self.done, self.history = load_checkpoint(source, self.segmenter, optimizer)
         accelerator.wait_for_everyone()  # nobody writes a checkpoint before all have read theirs
         self.model, self.optimizer = accelerator.prepare(self.segmenter, optimizer)
-        self.clock = time.monotonic()  # when the last iteration ended
+        self.clock, self.first = time.monotonic(), self.done  # when the last iteration ended; where this process begins
 
     @contextmanager
     def uninterrupted(self) -> Iterator[None]:  # a signal takes effect at the end
@@ -375,7 +376,9 @@ def step(
     setting: str,  # of the phase
 ) -> dict[str, float]:  # losses of the batch
     """One iteration; a loss that is not finite raises `UserError` and changes nothing."""
-    recipe, values = run.recipe, compute_gradients(run, images, label, setting)
+    recipe = run.recipe
+    with dead_start_check(run.segmenter, run.done, run.first, recipe.seed, run.average):
+        values = compute_gradients(run, images, label, setting)
     if not math.isfinite(values["loss"]):
         kept = "the last checkpoint is kept" if checkpoints(run.out) else "no checkpoint was written yet"
         remedy = f"lower lr ({recipe.lr}) or check the images; {kept} in {run.out}"
