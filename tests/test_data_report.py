@@ -205,7 +205,7 @@ def test_names_are_written_inside_their_regions():
     mask[((rows - 20) ** 2 + (cols - 20) ** 2 < 300) & ((rows - 20) ** 2 + (cols - 20) ** 2 > 150)] = 5  # a ring
     mask[:3, 40:] = 7
     mask[39, 59] = 9  # a single pixel
-    places = name_places(mask)
+    places = name_places(mask, 20)
     assert set(places) == {5, 7} and all(mask[place] == c for c, place in places.items())
 
 

@@ -100,11 +100,11 @@ def test_voc_raw_values_reduce_by_one():
         ({"classes": ["cat"], "templates": None}, "templates: must be a list of names, found nothing"),
         ({"classes": {False: "cat"}}, "[False]"),
         ({"classes": ["cat"], "name": False}, "name: False is no text"),
-        ({"classes": {300: "cat"}}, "[300]"),
+        ({"classes": {65533: "cat"}}, "[65533]"),
         ({"classes": {"1": "cat"}}, "['1']"),
         ({"classes": {1: 2}}, "[2]"),
         ({"classes": ["cat"], "raw_gaps": [0]}, "`classes: {1: cat, 2: dog}`"),
-        ({"classes": [f"c{index}" for index in range(254)]}, "254 names"),
+        ({"classes": [f"c{index}" for index in range(65534)]}, "65534 names"),
         ({"classes": ["cat"], "colour": "red"}, "['colour']"),
     ],
 )

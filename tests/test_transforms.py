@@ -318,7 +318,7 @@ def _remapped(data, index):
         ({"mask": torch.zeros(60, 79, dtype=torch.uint8)}, r"sample 0: the mask has shape \(60, 79\)"),
         ({"mask": torch.zeros(60, 80, 3, dtype=torch.uint8)}, r"sample 0: the mask has shape \(60, 80, 3\)"),
         ({"mask": torch.full((60, 80), 5, dtype=torch.uint8)}, "sample 0: label 5 is outside the class list"),
-        ({"mask": torch.zeros(60, 80, dtype=torch.int32)}, "sample 0: the mask has type torch.int32"),
+        ({"mask": torch.zeros(60, 80, dtype=torch.int64)}, "sample 0: the mask has type torch.int64"),
     ],
 )
 def test_bad_samples_are_named(change, message):

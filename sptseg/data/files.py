@@ -159,22 +159,20 @@ def mask_problem(
     if PNG_CHANNELS[kind] > 1:
         found = f"{PNG_CHANNELS[kind]} channels"
         return f"holds colours ({found}), not class numbers; write the numbers into an 8-bit grey or palette PNG"
-    if bits == 16:
-        return "has 16 bits a pixel, class numbers are bytes; save the mask as 8-bit PNG"
     if bits < 8 and kind == 0:
         return f"is a {bits}-bit grey file, whose numbers readers stretch to 0..255; save the mask as 8-bit PNG"
     return ""
 
 # %% ../../nbs/13_data.files.ipynb #47833162
 def read_mask(
-    path: str | Path,  # a PNG file of one channel, 8 bits, grey or palette
-) -> Tensor:  # (H, W) uint8, the numbers in the file
+    path: str | Path,  # a PNG file of one channel: 8 bits, grey or palette, or 16 bits, grey
+) -> Tensor:  # (H, W) uint8, or int32 of a file of 16 bits: the numbers in the file
     """Read the numbers of a mask; an invalid file raises `UserError`."""
     content = read_bytes(path)
     mask = decode(content, path)
     if problem := mask_problem(content[:26]):
         raise UserError(f"{path}: {problem}")
-    return torch.from_numpy(np.array(mask))
+    return torch.from_numpy(np.array(mask, dtype=np.int32 if content[24] == 16 else np.uint8))
 
 # %% ../../nbs/13_data.files.ipynb #56419a5b
 def compose(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INVALID', 'SETTINGS', 'normal_name', 'normal_names', 'LabelSet', 'problems', 'names_to_ids', 'check_division',
-           'read_list', 'read_classes', 'parse_label_set', 'load_label_set', 'check_setting', 'label_to_train_id',
-           'train_class_ids', 'remap_labels', 'raw_lookup']
+           'read_list', 'read_classes', 'parse_label_set', 'load_label_set', 'check_setting', 'blank_table',
+           'label_to_train_id', 'train_class_ids', 'fit_to_table', 'remap_labels', 'raw_lookup']
 
 # %% ../../nbs/10_data.label_sets.ipynb #5f3a6708
 import unicodedata
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core import IGNORE, UNSEEN, UserError, asset_path, read_yaml
+from ..core import BYTE_CLASSES, IGNORE, UserError, asset_path, ignore_label, read_yaml, unseen_label
 
 # %% ../../nbs/10_data.label_sets.ipynb #a2c05d71
 def normal_name(
@@ -45,7 +45,7 @@ def normal_names(
     return tuple(first)
 
 # %% ../../nbs/10_data.label_sets.ipynb #0f9e1f77
-INVALID = 253  # marks, in a lookup table, a value that no mask may hold
+INVALID = 253  # marks, in a table of bytes, a value that no mask may hold; in a table of 16 bits it is 65533
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def problems(
     count = len(labels.classes)
     if not count:
         yield "classes: the list is empty; name at least one class"
-    if count > INVALID:
-        yield f"classes: {count} names, but byte masks leave room for {INVALID}; merge or drop classes"
+    if count > 65533:
+        yield f"classes: {count} names, but masks of 16 bits leave room for 65533; merge or drop classes"
     named = [labels.classes[index] if 0 <= index < count else index for index in labels.unseen]
     if twice := [name for name, times in Counter(named).items() if times > 1]:
         yield f"unseen: {twice} listed twice; list each once"
@@ -95,8 +95,8 @@ def problems(
         yield "unseen: lists every class; leave at least one to train on"
     if wrong := [template for template in labels.templates if template.count("{}") != 1] or not labels.templates:
         yield f"templates: {wrong if labels.templates else 'none given'}; write {{}} once in each, for the name"
-    if outside := [number for number in labels.numbers if not 0 <= number < IGNORE]:
-        yield f"classes: numbers {outside} outside 0..{IGNORE - 1}, the range of a mask; correct them"
+    if outside := [number for number in labels.numbers if not 0 <= number < 65533]:
+        yield f"classes: numbers {outside} outside 0..65532, the range of a mask; correct them"
     if labels.numbers and (len(labels.numbers) != count or len(set(labels.numbers)) != count):
         yield f"numbers: {len(set(labels.numbers))} different ones for {count} classes; give one for each class"
 
@@ -210,20 +210,31 @@ def check_setting(
         raise UserError(f"setting: {setting!r} is unknown; use one of {', '.join(SETTINGS)}")
 
 
+def blank_table(
+    size: int,  # 256, or 65536 for labels of 16 bits
+    num_classes: int,  # C, of the labels that go into the table
+) -> Tensor:  # (size,) uint8, or int32 for more than 253 classes
+    "Return a table of invalid labels, whose last entry means 'no label'."
+    ignore = ignore_label(num_classes)
+    table = torch.full((size,), ignore - 2, dtype=torch.uint8 if num_classes <= BYTE_CLASSES else torch.int32)
+    table[-1] = ignore
+    return table
+
+
 def label_to_train_id(
     label_set: LabelSet,  # C classes, seen and unseen
     setting: str,  # "inductive", "transductive" or "supervised"
-) -> Tensor:  # (256,) uint8: training label of each byte of a mask; `INVALID` for bytes that no mask may hold
+) -> Tensor:  # (256,) uint8 or (65536,): training label of each label; `INVALID` where no mask may hold it
     "Return the table that turns a dataset's labels into training labels."
     check_setting(setting)
-    lookup = torch.full((256,), INVALID, dtype=torch.uint8)
-    lookup[IGNORE] = IGNORE
+    count, trained = len(label_set.classes), len(train_class_ids(label_set, setting))
+    lookup = blank_table(ignore_label(count) + 1, trained)
     if setting == "supervised":
-        lookup[: len(label_set.classes)] = torch.arange(len(label_set.classes), dtype=torch.uint8)
+        lookup[:count] = torch.arange(count, dtype=lookup.dtype)
         return lookup
     seen = torch.tensor(label_set.seen)
-    lookup[: len(label_set.classes)] = IGNORE if setting == "inductive" else UNSEEN
-    lookup[seen] = (torch.arange(len(seen)) if setting == "inductive" else seen).to(torch.uint8)
+    lookup[:count] = ignore_label(trained) if setting == "inductive" else unseen_label(count)
+    lookup[seen] = (torch.arange(trained) if setting == "inductive" else seen).to(lookup.dtype)
     return lookup
 
 # %% ../../nbs/10_data.label_sets.ipynb #37bcd3a5
@@ -236,32 +247,46 @@ def train_class_ids(
     return label_set.seen if setting == "inductive" else tuple(range(len(label_set.classes)))
 
 # %% ../../nbs/10_data.label_sets.ipynb #fc4b8b37
+def fit_to_table(
+    mask: Tensor,  # (...) uint8 or int32, labels as in the dataset
+    lookup: Tensor,  # (256,) or (65536,)
+    name: str,  # of the mask, for the message
+) -> Tensor:  # (...) int32, indices of the table, or -1 beyond it
+    "Read the 'no label' of bytes or of 16 bits as the table's own; a 255 that may be a class raises `UserError`."
+    if mask.dtype not in (torch.uint8, torch.int32):
+        raise UserError(f"{name}: the mask has type {mask.dtype}, labels are uint8 or int32; convert the mask file")
+    last, index = len(lookup) - 1, mask.int()
+    if mask.dtype == torch.uint8 and last > 255 and lookup[255] < lookup[last] - 2 and (mask == 255).any():
+        raise UserError(f"{name}: 255 may be a class or 'no label' here; save the mask with 16 bits (65535: no label)")
+    if mask.dtype == torch.int32 and last == 255:
+        index = torch.where(index == 65535, 255, torch.where(index > 255, -1, index))
+    return index
+
+
 def remap_labels(
-    mask: Tensor,  # (...) uint8, labels as in the dataset
-    lookup: Tensor,  # (256,) uint8, from `label_to_train_id` or `raw_lookup`
+    mask: Tensor,  # (...) uint8, or int32 for labels of 16 bits, as in the dataset
+    lookup: Tensor,  # (256,) or (65536,), from `label_to_train_id` or `raw_lookup`
     name: str = "mask",  # of the mask, for the message
-) -> Tensor:  # same shape, uint8
+) -> Tensor:  # same shape, uint8 or int32 as the table
     "Look every label up; one outside the class list raises `UserError`."
-    if mask.dtype != torch.uint8:
-        raise UserError(f"{name}: the mask has type {mask.dtype}, labels must be bytes (uint8); convert the mask file")
-    remapped = lookup[mask.int()]
-    if (remapped == INVALID).any():
-        wrong = mask[remapped == INVALID].unique().tolist()
-        last = int((lookup[:IGNORE] != INVALID).nonzero().max())
+    index, invalid = fit_to_table(mask, lookup, name), lookup[-1] - 2
+    remapped = torch.where(index < 0, invalid, lookup[index]) if mask.dtype == torch.int32 else lookup[index]
+    if (remapped == invalid).any():
+        wrong = mask[remapped == invalid].unique().tolist()
+        last = int((lookup[:-1] != invalid).nonzero().max())
         raise UserError(
-            f"{name}: label {', '.join(map(str, wrong[:5]))} is outside the class list (0..{last} and {IGNORE}); "
-            "check that masks and label set belong together"
+            f"{name}: label {', '.join(map(str, wrong[:5]))} is outside the class list (0..{last} and "
+            f"{len(lookup) - 1}); check that masks and label set belong together"
         )
     return remapped
 
 # %% ../../nbs/10_data.label_sets.ipynb #de2f31e1
 def raw_lookup(
     label_set: LabelSet,  # C classes and their numbers in mask files
-) -> Tensor:  # (256,) uint8: class id of each number, 255 for unused ones, `INVALID` beyond the largest
+) -> Tensor:  # (256,) or (65536,): class id of each number, `ignore_label` for unused ones, `INVALID` beyond
     "Return the table that turns the numbers in a dataset's own mask files into class ids."
     numbers = label_set.numbers or range(len(label_set.classes))
-    lookup = torch.full((256,), INVALID, dtype=torch.uint8)
-    lookup[list(label_set.unused_numbers)] = IGNORE
-    lookup[list(numbers)] = torch.arange(len(numbers), dtype=torch.uint8)
-    lookup[IGNORE] = IGNORE
+    lookup = blank_table(256 if max(numbers) < IGNORE else 65536, len(numbers))
+    lookup[list(label_set.unused_numbers)] = ignore_label(len(numbers))
+    lookup[list(numbers)] = torch.arange(len(numbers), dtype=lookup.dtype)
     return lookup

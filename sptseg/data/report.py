@@ -11,7 +11,7 @@ __all__ = ['evenly', 'is_turned', 'Counts', 'Survey', 'count_samples', 'survey',
 # %% ../../nbs/16_data.report.ipynb #c64e2692
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -23,11 +23,11 @@ from scipy import ndimage
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from ..core import IGNORE, UserError
+from ..core import UserError, ignore_label
 from .files import FileSamples
 from .label_sets import LabelSet, label_to_train_id, remap_labels
 from .transforms import Sample, check_sample
-from ..plots import COLOURS, colour_mask
+from ..plots import COLOURS, colour_mask, drawn_name
 
 # %% ../../nbs/16_data.report.ipynb #461af53d
 def evenly(
@@ -73,8 +73,8 @@ class Counts(Dataset):
             mask = remap_labels(sample.mask, self.lookup, sample.name)
         except UserError as error:  # returned, not raised: it should not stop the others
             return str(error)
-        counts = np.bincount(mask.numpy().ravel(), minlength=256)
-        numbers = np.append(counts[: self.count], counts[IGNORE]).astype(np.int32)
+        counts = np.bincount(mask.numpy().ravel(), minlength=ignore_label(self.count) + 1)
+        numbers = np.append(counts[: self.count], counts[-1]).astype(np.int32)
         return index, numbers, tuple(mask.shape), is_turned(self.data, index)
 
 # %% ../../nbs/16_data.report.ipynb #f2c73adb
@@ -250,13 +250,14 @@ def report_text(
 
 # %% ../../nbs/16_data.report.ipynb #1460cb30
 def name_places(
-    mask: np.ndarray,  # (H, W) class ids, 255 where there is none
+    mask: np.ndarray,  # (H, W) class ids
+    num_classes: int,  # C
     least: float = 0.015,  # share of the image that a class must cover
 ) -> dict[int, tuple[int, int]]:  # class id → (row, column), furthest inside its region
     """Where in a label map to write the names of its classes."""
     ids, counts = np.unique(mask, return_counts=True)
     places = {}
-    for c in ids[(ids != IGNORE) & (counts >= least * mask.size)].tolist():
+    for c in ids[(ids != ignore_label(num_classes)) & (counts >= least * mask.size)].tolist():
         depth = ndimage.distance_transform_edt(np.pad(mask == c, 1))[1:-1, 1:-1]
         places[c] = tuple(int(i) for i in np.unravel_index(depth.argmax(), mask.shape))
     return places
@@ -264,13 +265,13 @@ def name_places(
 
 def outlined(
     image: np.ndarray,  # (H, W, 3) uint8
-    mask: np.ndarray,  # (H, W) class ids, 255 where there is none
-    num_classes: int,  # C
+    mask: np.ndarray,  # (H, W) class ids, `ignore_label` where there is none
+    names: Sequence[str],  # of the C classes
 ) -> np.ndarray:  # (H, W, 3) uint8
     """An image in its own colours, with classes outlined in theirs; what has no label is darkened."""
-    labelled = (mask != IGNORE)[..., None]
+    labelled = (mask != ignore_label(len(names)))[..., None]
     edge = (ndimage.maximum_filter(mask, 3) != ndimage.minimum_filter(mask, 3))[..., None] & labelled
-    paint = colour_mask(torch.from_numpy(mask), num_classes)
+    paint = colour_mask(torch.from_numpy(mask), names)
     return np.where(edge, paint, image * np.where(labelled, 1, 0.35)).astype(np.uint8)
 
 # %% ../../nbs/16_data.report.ipynb #8c01b121
@@ -282,10 +283,10 @@ def show_overlay(
     """An image with its labels outlined and their names written into them."""
     step = max(1, max(sample.mask.shape) // 250)  # enough for a small image
     image, mask = sample.image[:, ::step, ::step].permute(1, 2, 0).numpy(), sample.mask[::step, ::step].numpy()
-    axis.imshow(outlined(image, mask, len(labels.classes)))
+    axis.imshow(outlined(image, mask, labels.classes))
     axis.axis("off")
-    for c, (row, column) in name_places(mask).items():
-        name = labels.classes[c] if c < len(labels.classes) else f"{c} is no class"
+    for c, (row, column) in name_places(mask, len(labels.classes)).items():
+        name = drawn_name(labels.classes[c]) if c < len(labels.classes) else f"{c} is no class"
         name, colour = (name + " *", COLOURS[1]) if c in labels.unseen else (name, "black")
         side = ("left", "center", "center", "right")[4 * column // mask.shape[1]]  # names stay inside the image
         box = dict(facecolor="white", edgecolor="none", alpha=0.85, pad=1)
@@ -300,7 +301,7 @@ def show_classes(
     count = len(found.labels.classes)
     share, images = 100 * found.share, 100 * found.images / len(found.sizes)
     lowest = max(1e-4, min(share[share > 0].min(initial=1), images[images > 0].min(initial=1)) / 2)
-    names = np.array([f"{name}  {c}" for c, name in enumerate(found.labels.classes)])
+    names = np.array([f"{drawn_name(name)}  {c}" for c, name in enumerate(found.labels.classes)])
     for axis, ids in zip(axes, np.array_split(np.arange(count), len(axes)), strict=True):
         colours = [COLOURS[1] if c in found.labels.unseen else COLOURS[0] for c in ids]
         axis.barh(ids, np.maximum(share[ids] - lowest, 0), left=lowest, color=colours, height=0.7)
@@ -361,7 +362,7 @@ def show_warnings(
     """The warnings, in red."""
     warnings = report_warnings(found)
     lines = [line for warning in warnings for line in textwrap.wrap(f"! {warning}", 52, subsequent_indent="   ")]
-    text, colour = ("\n".join(lines[:16]), "#C00000") if lines else ("nothing looks wrong", COLOURS[2])
+    text, colour = (drawn_name("\n".join(lines[:16])), "#C00000") if lines else ("nothing looks wrong", COLOURS[2])
     axis.text(0, 1, text, color=colour, fontsize=6, va="top", linespacing=1.3)
     axis.set_title(f"{len(warnings) or 'no'} warning{'s' * (len(warnings) != 1)}", color=colour, fontweight="bold")
     axis.axis("off")
@@ -374,7 +375,8 @@ def show_report(
     examples: int = 8,  # images with names written on them
 ) -> Figure:  # save it with `figure.savefig`
     """Classes, sizes, ignored pixels, warnings, and images with the names of their classes."""
-    count, picked = len(found.labels.classes), pick_examples(found, examples)
+    names, picked = [drawn_name(name) for name in found.labels.classes], pick_examples(found, examples)
+    count = len(names)
     columns = min(4, -(-count // 12))
     rows = -(-len(picked) // 4)
     heights = [max(1.6, 0.125 * -(-count // columns) + 0.5), 1.7, 1.75 * rows]
@@ -382,7 +384,9 @@ def show_report(
     top, middle, bottom = figure.subfigures(3, 1, height_ratios=heights)
     show_classes(list(top.subplots(1, columns, squeeze=False)[0]), found)
     share = "bars: % of the labelled pixels; points: % of the images; * and orange: unseen"
-    top.suptitle(f"{found.labels.name}: {len(found.sizes):,} of {found.total:,} images.  {share}", fontsize=8)
+    top.suptitle(
+        f"{drawn_name(found.labels.name)}: {len(found.sizes):,} of {found.total:,} images.  {share}", fontsize=8
+    )
     axes = middle.subplots(1, 3, width_ratios=[1, 1, 1.4])
     show_sizes(axes[0], found)
     show_ignored(axes[1], found)
@@ -390,5 +394,5 @@ def show_report(
     for place, (c, index) in enumerate(picked, 1):
         axis = bottom.add_subplot(rows, 4, place)
         show_overlay(axis, data[index], found.labels)
-        axis.set_title(found.labels.classes[c] + (" *" if c in found.labels.unseen else ""))
+        axis.set_title(names[c] + (" *" if c in found.labels.unseen else ""))
     return figure

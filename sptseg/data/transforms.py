@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'Sample', 'check_sample', 'sample_generator', 'uniform', 'coin', 'rescaled_size',
-           'random_size', 'resize_rows', 'resize_image', 'resize_mask', 'random_box', 'is_varied', 'sample_crop_box',
-           'rgb_to_hsv', 'hsv_to_rgb', 'scale_and_shift', 'change_hsv', 'scale_saturation', 'shift_hue',
-           'photometric_distortion', 'normalise', 'pad_to', 'TrainTransform', 'EvalTransform', 'SegmentationData']
+           'random_size', 'resize_rows', 'resize_image', 'resize_mask', 'random_box', 'ignore_value', 'is_varied',
+           'sample_crop_box', 'rgb_to_hsv', 'hsv_to_rgb', 'scale_and_shift', 'change_hsv', 'scale_saturation',
+           'shift_hue', 'photometric_distortion', 'normalise', 'pad_to', 'TrainTransform', 'EvalTransform',
+           'SegmentationData']
 
 # %% ../../nbs/11_data.transforms.ipynb #1bbcdfb3
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from torch import Generator, Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from ..core import IGNORE, UNSEEN, UserError
+from ..core import IGNORE, UserError
 from .label_sets import remap_labels
 
 # %% ../../nbs/11_data.transforms.ipynb #9b608533
@@ -28,7 +29,7 @@ class Sample(NamedTuple):
     "One item of a dataset."
 
     image: Tensor  # (3, H, W) uint8, RGB
-    mask: Tensor  # (H, W) uint8, class ids 0..C-1 and 255 for 'no label'
+    mask: Tensor  # (H, W) uint8, class ids 0..C-1 and 255 for 'no label'; int32 with 65535 for more than 253 classes
     name: str  # file stem or (split, index) label, used in messages
 
 # %% ../../nbs/11_data.transforms.ipynb #1f641f7c
@@ -136,12 +137,20 @@ def random_box(
     return *corner, min(crop_size, size[0]), min(crop_size, size[1])
 
 # %% ../../nbs/11_data.transforms.ipynb #058e150f
+def ignore_value(
+    mask: Tensor,  # uint8, or int32 for labels of 16 bits
+) -> int:  # 255 or 65535
+    "The label of a pixel without class, in a mask of this type."
+    return IGNORE if mask.dtype == torch.uint8 else 65535
+
+
 def is_varied(
     mask: Tensor,  # (h, w) uint8 labels of a crop
     cat_max_ratio: float,  # of the commonest class
 ) -> bool:  # True if the crop has two classes or more and none of them dominates
     "Whether more than one class is there and the commonest covers less than `cat_max_ratio` of the labelled pixels."
-    counts = torch.bincount(mask.flatten(), minlength=256)[: min(UNSEEN, IGNORE)]
+    ignore = ignore_value(mask)
+    counts = torch.bincount(mask.flatten(), minlength=ignore + 1)[: ignore - 1]  # without the two special labels
     return bool((counts > 0).sum() > 1 and counts.max() / counts.sum() < cat_max_ratio)
 
 # %% ../../nbs/11_data.transforms.ipynb #4a860acf
@@ -304,7 +313,7 @@ class TrainTransform:
         if self.photometric:
             image = photometric_distortion(image, generator)
         image = pad_to(normalise(image, self.mean, self.std), self.crop_size, 0.0)
-        return image, pad_to(mask, self.crop_size, IGNORE)
+        return image, pad_to(mask, self.crop_size, ignore_value(mask))
 
 # %% ../../nbs/11_data.transforms.ipynb #b754ac92
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from ..core import IGNORE, UserError
+from ..core import UserError, ignore_label
 from ..data.label_sets import LabelSet
 
 # %% ../../nbs/50_evaluation.metrics.ipynb #e8e0a19c
@@ -129,17 +129,17 @@ class SegmentationMetrics:
         label_set: LabelSet,  # all C classes that predictions may take
     ) -> None:
         self.label_set = label_set
-        self.confusion = MulticlassConfusionMatrix(len(label_set.classes), ignore_index=IGNORE, validate_args=False)
+        self.confusion = MulticlassConfusionMatrix(len(label_set.classes), validate_args=False)
 
     def update(
         self,
         prediction: Tensor,  # (...) integer class ids 0..C-1
-        label: Tensor,  # same shape, 0..C-1 or 255
+        label: Tensor,  # same shape, 0..C-1 or `ignore_label`
     ) -> None:
         "Count the labelled pixels of one or more images."
         if prediction.shape != label.shape:
             raise UserError(f"prediction is {tuple(prediction.shape)}, label {tuple(label.shape)}; resize to the label")
-        known = label != IGNORE
+        known = label != ignore_label(len(self.label_set.classes))
         prediction, label = prediction[known].long(), label[known].long()
         check_ids(label, len(self.label_set.classes), "label")
         check_ids(prediction, len(self.label_set.classes), "prediction")

@@ -41,7 +41,7 @@ from ..data.benchmarks import Benchmark
 from ..data.transforms import EvalTransform, Sample
 from ..models.prompts import SpectralPrompt, filter_to_kernel
 from ..models.segmenter import Segmenter
-from ..plots import COLOURS, STYLE, show_segmentations
+from ..plots import COLOURS, STYLE, drawn_name, show_segmentations
 from ..training.loop import read_results
 
 # %% ../../nbs/83_paper.figures.ipynb #15e4bd44
@@ -274,7 +274,7 @@ def draw_classes(
             mean, spread = values[c]
             look = {"color": colour, "marker": marker, "markersize": 3.2, "clip_on": False}
             draw_point(axis, (mean, row), spread, "x", label=None if row else method, **look)
-    axis.set_yticks(range(len(part)), [names[c] + (" *" if c in unseen else "") for c in part])
+    axis.set_yticks(range(len(part)), [drawn_name(names[c]) + (" *" if c in unseen else "") for c in part])
     for text, c in zip(axis.get_yticklabels(), part, strict=True):
         text.set(fontweight="bold" if c in unseen else "normal", fontsize=6.5 if len(names) < 60 else 5)
     border = sum(c not in unseen for c in part)
@@ -390,7 +390,7 @@ def name_regions(
         region = torch.from_numpy(ids == c)[None].float()
         if region.mean() >= share:
             y, x = divmod(int(F.avg_pool2d(region, window, 1, window // 2).argmax()), ids.shape[1])
-            axis.text(x, y, names[c].replace(" ", "\n", 1), path_effects=outline, **look)
+            axis.text(x, y, drawn_name(names[c]).replace(" ", "\n", 1), path_effects=outline, **look)
 
 
 @in_style()

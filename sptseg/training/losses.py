@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core import UNSEEN
+from ..core import unseen_label
 from .fused_losses import fused_losses
 from .mask_losses import dense_losses, present_classes
 
 # %% ../../nbs/61_training.losses.ipynb #565b867c
 def segmentation_loss(
     logits: Tensor,  # x, (B, C, h, w): masks per patch, or logits of the label's size
-    label: Tensor,  # (B, H, W) integers: 0..C-1, or `IGNORE`
+    label: Tensor,  # (B, H, W) integers: 0..C-1, or `ignore_label`
     *,
     auxiliary: str | None = "ssim",  # "ssim" (SPT-SEG), "dice" (ZegCLIP), "ssim-probabilities", or None for focal alone
     focal_weight: float = 100.0,  # γ of Eq. 10
@@ -38,13 +38,13 @@ def segmentation_loss(
 # %% ../../nbs/61_training.losses.ipynb #76db751c
 def pseudo_label(
     logits: Tensor,  # x of all classes, (B, C, H, W) or smaller
-    label: Tensor,  # (B, H, W) integers; `UNSEEN` marks pixels of some unseen class
+    label: Tensor,  # (B, H, W) integers; `unseen_label` marks pixels of some unseen class
     unseen: Sequence[int],  # ids of the unseen classes
-) -> Tensor:  # (B, H, W): `UNSEEN` replaced by ids of unseen classes
+) -> Tensor:  # (B, H, W): `unseen_label` replaced by ids of unseen classes
     """Self-training: assign the highest-scoring unseen class to pixels of unseen classes."""
     candidates = torch.as_tensor(tuple(unseen), device=label.device)
     scores = logits.detach()[:, candidates]
     if scores.shape[-2:] != label.shape[-2:]:
         scores = F.interpolate(scores, label.shape[-2:], mode="bilinear", align_corners=False)
     guess = candidates[scores.argmax(1)]
-    return torch.where(label == UNSEEN, guess.to(label.dtype), label)
+    return torch.where(label == unseen_label(logits.shape[1]), guess.to(label.dtype), label)

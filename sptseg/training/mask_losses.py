@@ -12,15 +12,15 @@ from pytorch_msssim import ssim
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core import IGNORE, UserError
+from ..core import UserError, ignore_label
 
 # %% ../../nbs/60_training.mask_losses.ipynb #79c4c2ab
 def check_label(
     label: Tensor,  # (B, H, W) integers
     num_classes: int,  # C, the classes being trained
-) -> Tensor:  # (B, H, W) bool: False where the label is `IGNORE`
-    """Find the labelled pixels; a label that is neither 0..C-1 nor `IGNORE` raises `UserError`."""
-    labelled = label != IGNORE
+) -> Tensor:  # (B, H, W) bool: False where the label is `ignore_label`
+    """Find the labelled pixels; a label that is neither 0..C-1 nor `ignore_label` raises `UserError`."""
+    labelled = label != ignore_label(num_classes)
     lowest, highest = torch.stack(torch.where(labelled, label, 0).aminmax()).tolist() if label.numel() else (0, 0)
     if lowest < 0 or highest >= num_classes:
         wrong = lowest if lowest < 0 else highest
@@ -29,9 +29,9 @@ def check_label(
 
 
 def one_hot_target(
-    label: Tensor,  # (B, H, W) integers: 0..C-1, or `IGNORE`
+    label: Tensor,  # (B, H, W) integers: 0..C-1, or `ignore_label`
     num_classes: int,  # C, the classes being trained
-) -> Tensor:  # t, (B, C, H, W) float32; all zero where the label is `IGNORE`
+) -> Tensor:  # t, (B, C, H, W) float32; all zero where the label is `ignore_label`
     """One-hot targets; any other label raises `UserError`."""
     labelled = check_label(label, num_classes)
     target = label.new_zeros(len(label), num_classes, *label.shape[1:], dtype=torch.float32)
@@ -39,7 +39,7 @@ def one_hot_target(
 
 # %% ../../nbs/60_training.mask_losses.ipynb #daf0343b
 def present_classes(
-    label: Tensor,  # (B, H, W) integers: 0..C-1, or `IGNORE`
+    label: Tensor,  # (B, H, W) integers: 0..C-1, or `ignore_label`
     num_classes: int,  # C
 ) -> Tensor:  # (B, C) bool; its sum, at least 1, is K
     """Find the classes that occur in each image; invalid labels raise `UserError`."""
@@ -90,7 +90,7 @@ AUXILIARY = {
 
 def dense_losses(
     logits: Tensor,  # x, (B, C, h, w), resized to the label if it has another size
-    label: Tensor,  # (B, H, W) integers: 0..C-1, or `IGNORE`
+    label: Tensor,  # (B, H, W) integers: 0..C-1, or `ignore_label`
     auxiliary: str | None,  # name in `AUXILIARY`, or None
     num_masks: Tensor,  # K
 ) -> tuple[Tensor, Tensor]:  # focal and auxiliary loss (0 without one), scalars
