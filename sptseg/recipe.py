@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RUNTIME_KEYS', 'RENAMED', 'NOTHING', 'choose_clip', 'check_value', 'Recipe', 'problem_of', 'check_recipe',
            'refuse_empty', 'recipe_text', 'shipped_recipes', 'recipe_path', 'load_recipe', 'phases', 'learning_rate',
-           'peak_rate_share']
+           'peak_rate_share', 'slow_run_warning']
 
 # %% ../nbs/40_recipe.ipynb #16c5303c
 from pathlib import Path
@@ -270,3 +270,16 @@ def peak_rate_share(
     """The highest learning rate of a run as a share of `lr`: low if the warm-up takes longer than the run."""
     step = max(1, recipe.iterations // 500)
     return max(learning_rate(recipe, iteration) for iteration in range(0, recipe.iterations, step)) / recipe.lr
+
+# %% ../nbs/40_recipe.ipynb #rec10004
+def slow_run_warning(
+    recipe: Recipe,
+    done: int,  # iterations
+    seconds: float,  # per iteration, measured
+) -> str | None:  # None: less than a day is left
+    """Warn of a run that takes days on this device, and say which settings shorten it."""
+    left = recipe.iterations - done
+    if (days := left * seconds / 86_400) < 1:
+        return None
+    pace = f"{seconds:.1f} s per iteration: the remaining {left:,} take about {days:.1f} days, without evaluations"
+    return f"{pace}; use a GPU, or lower image_size, batch_size or iterations, as the recipe own-data/starter does"

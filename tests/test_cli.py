@@ -169,6 +169,14 @@ def test_only_drawn_scenes_default_to_the_built_in_clip():
     assert Recipe(dataset="glyphs-20").clip == "glyph-clip" and Recipe(dataset="folder", clip="x").clip_weights is None
 
 
+def test_the_starter_for_own_data_is_small_and_asks_for_the_folder(row, capsys):
+    starter, paper = load_recipe("own-data/starter"), Recipe(dataset="folder")
+    assert (starter.dataset, starter.clip, starter.clip_weights) == ("folder", paper.clip, paper.clip_weights)
+    work = [each.image_size**2 * each.batch_size * each.iterations for each in (starter, paper)]
+    assert work[0] < work[1] / 400 and starter.warmup_iterations < starter.iterations
+    assert "set data_root=DIR" in refusal(capsys, "train", "own-data/starter")
+
+
 def test_a_shipped_recipe_is_found_even_beside_a_folder_of_its_name(row, capsys):
     (row.parent / "demo/smoke").mkdir(parents=True)
     assert "'kolour'" in refusal(capsys, "train", "demo/smoke", "kolour=1")

@@ -21,7 +21,7 @@ from sptseg.data.benchmarks import Benchmark
 from sptseg.data.label_sets import SETTINGS
 from sptseg.evaluation.evaluate import evaluate_weights, load_parts, recipe_of_run, training_free_predictor
 from sptseg.models.clip import load_clip
-from sptseg.recipe import check_recipe, learning_rate, phases
+from sptseg.recipe import Recipe, check_recipe, learning_rate, load_recipe, phases, slow_run_warning
 from sptseg.training.checkpoint import checkpoints
 from sptseg.training.loop import BEST, RESULTS, WEIGHTS, BatchSampler, best_evaluation, note_on_seen_classes, train
 
@@ -447,3 +447,26 @@ def test_clip_without_training_looks_at_every_pixel(side):
     changed = image.clone()
     changed.transpose(2, 3 if side == "width" else 2)[:, :, 96:] = 9
     assert (predict(image, (103, 103)) != predict(changed, (103, 103))).any()
+
+
+def test_a_run_of_days_is_noticed_at_its_third_iteration(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        sptseg.training.loop, "slow_run_warning", lambda recipe, done, seconds: calls.append((done, seconds))
+    )
+    row = load_recipe("demo/smoke", iterations=5, eval_every=5, val_images=1, tracker="none")
+    train(row, tmp_path / "fast", progress=False)
+    assert [done for done, _ in calls] == [3] and 0 < calls[0][1] < 60
+    monkeypatch.setattr(
+        sptseg.training.loop,
+        "slow_run_warning",
+        lambda recipe, done, seconds: slow_run_warning(recipe, done, seconds * 1e7),
+    )
+    with pytest.warns(UserWarning, match=r"s per iteration: the remaining 2 take about .* days.*own-data/starter"):
+        train(row, tmp_path / "slow", progress=False)
+
+
+@pytest.mark.parametrize(("seconds", "days"), [(4.3, None), (4.4, "1.0"), (70, "16.2")])
+def test_the_days_that_are_left(seconds, days):
+    text = slow_run_warning(Recipe(dataset="folder", iterations=20_000), 3, seconds)
+    assert (text is None) == (days is None) and (days is None or f"19,997 take about {days} days" in text)

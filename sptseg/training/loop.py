@@ -9,7 +9,7 @@ __all__ = ['RECIPE', 'INPUTS', 'WEIGHTS', 'BEST', 'RESULTS', 'INTERVAL_KEYS', 'S
            'step', 'evaluation_is_due', 'save_state', 'write_state', 'best_evaluation', 'note_on_seen_classes',
            'saved_on_error', 'training_batches', 'log_samples', 'figure_array', 'evaluate_run', 'save_weights',
            'evaluate_now', 'record', 'determinism', 'make_accelerator', 'finish', 'stopped_text', 'saved_when_stopped',
-           'read_results', 'iterate', 'train_here', 'train']
+           'read_results', 'warn_if_slow', 'iterate', 'train_here', 'train']
 
 # %% ../../nbs/62_training.loop.ipynb #a684fc48
 import hashlib
@@ -57,7 +57,16 @@ from ..evaluation.metrics import summarise
 from ..models.clip import ClipModel
 from ..models.segmenter import Segmenter, build_segmenter, load_segmenter, save_segmenter
 from ..plots import show_segmentations
-from ..recipe import RUNTIME_KEYS, Recipe, check_recipe, learning_rate, peak_rate_share, phases, recipe_text
+from sptseg.recipe import (
+    RUNTIME_KEYS,
+    Recipe,
+    check_recipe,
+    learning_rate,
+    peak_rate_share,
+    phases,
+    recipe_text,
+    slow_run_warning,
+)
 from .checkpoint import checkpoint_path, checkpoints, load_checkpoint, save_checkpoint
 from .dead_start import dead_start_check
 from .launch import in_group, is_main, run_in_processes
@@ -680,6 +689,15 @@ def read_results(
         raise UserError(f"{path}: damaged results ({error}); delete it and train again") from None
 
 
+def warn_if_slow(
+    run: Run,  # an iteration has just been done
+) -> None:
+    """Warn, in one process of several, if the run will take days at the pace of this iteration."""
+    text = slow_run_warning(run.recipe, run.done, time.monotonic() - run.clock)
+    if text and run.accelerator.is_main_process:
+        warnings.warn(text, stacklevel=2)
+
+
 def iterate(
     run: Run,
 ) -> None:
@@ -690,6 +708,7 @@ def iterate(
     if evaluation_is_due(run):  # the run stopped between a checkpoint and its evaluation
         evaluate_now(run)
         save_state(run)
+    timed = run.done + 3  # the first iterations start processes and fill caches
     with tqdm(total=run.recipe.iterations, initial=run.done, desc=run.recipe.method, disable=not run.progress) as bar:
         for first, last, setting in phases(run.recipe):
             if run.done == first:
@@ -697,6 +716,8 @@ def iterate(
             part = {"first": max(first, run.done), "last": last}
             for images, label, _ in training_batches(run, setting, **part):
                 values = step(run, images, label, setting)
+                if run.done == timed:
+                    warn_if_slow(run)
                 record(run, values)
                 bar.update()
                 bar.set_postfix(loss=f"{values['loss']:.3f}")
