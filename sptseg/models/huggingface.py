@@ -131,7 +131,7 @@ def read_config(
         raise UserError(f"{file}: {error}; name a plain CLIP") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
         problem = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{file}: not the configuration of a CLIP ({problem}); fetch it again") from None
+        raise UserError(f"{file}: not the configuration of a CLIP ({problem}); name a folder that holds one") from None
 
 # %% ../../nbs/38_models.huggingface.ipynb #58935f7e
 HUB = "hf-hub:"

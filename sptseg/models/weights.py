@@ -163,8 +163,10 @@ def read_weights(
     try:
         content = read_file(file)
     except FILE_ERRORS as error:
-        reason = type(error).__name__
-        raise UserError(f"{file}: cannot be read as weights ({reason}); fetch it again or name another file") from None
+        if reason := getattr(error, "strerror", None):
+            raise UserError(f"{file}: cannot be read ({reason}); check the path and its permissions") from None
+        remedy = "it is damaged or in another format; name another file, or copy this one again from its source"
+        raise UserError(f"{file}: cannot be read as weights ({type(error).__name__}); {remedy}") from None
     sizes = ("input_resolution", "context_length", "vocab_size")  # OpenAI's files store them beside the weights
     tensors = {name: value for name, value in named_tensors(content, file).items() if name not in sizes}
     return plain_weights(tensors, file, announce)
