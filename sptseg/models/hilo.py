@@ -74,9 +74,9 @@ class LowFrequencyAttention(nn.Module):
     def __init__(
         self,
         *,
-        width: int,  # d, width of the map
-        num_heads: int,  # heads of this branch
-        head_width: int,  # d / N_h
+        width: int,  # as for the high branch
+        num_heads: int,
+        head_width: int,
     ):
         super().__init__()
         self.head_width = head_width

@@ -123,7 +123,7 @@ def image_vectors(
     clip: open_clip.CLIP,
     images: Tensor,  # (B, 3, H, H) uint8; H need not be the size of the configuration
     class_embedding_count: int = 1,  # 1 as in CLIP, 2 as in the authors' code
-) -> tuple[Tensor, Tensor]:  # (B, d) of the class token and (B, N, d) of the patches, unit-norm
+) -> tuple[Tensor, Tensor]:  # (B, d) of the cls token and (B, N, d) of the patches, unit-norm
     """Normalize and encode images; position embeddings are resized to the image's grid."""
     normalised = (images.float() - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[
         :, None, None
