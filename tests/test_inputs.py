@@ -23,7 +23,15 @@ from sptseg.training.loop import INPUTS, RECIPE, RESULTS, WEIGHTS, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = {
-    **{"dataset": "folder", "image_size": 32, "num_prompts": 2, "decoder_layers": 2, "iterations": 4, "batch_size": 2},
+    **{
+        "dataset": "folder",
+        "clip": "glyph-clip",
+        "image_size": 32,
+        "num_prompts": 2,
+        "decoder_layers": 2,
+        "iterations": 4,
+        "batch_size": 2,
+    },
     **{"warmup_iterations": 0, "lr": 1e-3, "eval_every": 4, "checkpoint_every": 2, "tracker": "none"},
 }
 
@@ -72,6 +80,7 @@ def home(tmp_path):
 
 
 CHANGES = {
+    "unknown words": lambda root: make_folder(root, classes=("water", "road")),
     "another class list": lambda root: make_folder(root, classes=("green knight", "yellow star")),
     "other templates": lambda root: (root / "classes.yaml").write_text(
         yaml.safe_dump({"classes": ["red cat", "blue heart"], "templates": ["a drawing of a {}"]})

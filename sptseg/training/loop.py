@@ -44,6 +44,7 @@ from ..data.integrity import check_readable, read_batches
 from ..data.label_sets import label_to_train_id, train_class_ids
 from ..data.transforms import SegmentationData, TrainTransform, sample_generator
 from sptseg.evaluation.evaluate import (
+    benchmark_of,
     biased_classes,
     eval_loader,
     evaluate,
@@ -54,7 +55,7 @@ from sptseg.evaluation.evaluate import (
     segmenter_predictor,
 )
 from ..evaluation.metrics import summarise
-from ..models.clip import ClipModel
+from ..models.clip import ClipModel, load_clip
 from ..models.segmenter import Segmenter, build_segmenter, load_segmenter, save_segmenter
 from ..plots import show_segmentations
 from sptseg.recipe import (
@@ -752,7 +753,7 @@ def train(
     out = Path(out)
     if is_main():
         check_recipe_of(out, recipe)  # before the data are looked for
-        benchmark, clip, _ = load_parts(recipe)
+        benchmark, clip = benchmark_of(recipe), load_clip(recipe.clip, weights=recipe.clip_weights)
         claim_folder(out, recipe, run_inputs(recipe, benchmark, clip))
         if not (out / RESULTS).exists():
             check_readable(benchmark.train, benchmark.val, progress=progress)
