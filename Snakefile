@@ -4,19 +4,20 @@
 #   make figures                                   all figures
 #   make dry TARGET=tables                         what would run
 #
-# How to read this file: a rule says how a file (output) is made from others (input) by a command (shell), for every value
-# of the names in braces. Snakemake starts from the rule that was asked for (tables, table1, figures, …), looks which files
-# it needs, and runs the commands that make them, as many at a time as JOBS says. In the commands, what stands behind
-# `--` is what one can type by hand; what stands before it is explained in nbs/84_paper.batch.ipynb.
+# How to read this file: a rule makes a file (output) from others (input) by a command (shell), for every value of the names
+# in braces. Snakemake starts from the requested rule (tables, table1, figures, …), finds the files that it needs, and runs
+# the commands that make them, up to JOBS at a time. The part of a command after `--` can also be typed by hand;
+# nbs/84_paper.batch.ipynb explains the part before it.
 #
-# Where to look: data/runs/<recipe>/seed<k>.ipynb is the executed notebook of a run, seed<k>.log what it printed (`tail -f`
-# shows how a long run gets on), the folder seed<k> holds checkpoint and weights. data/results/<recipe>/seed<k>.json is its
-# record, from which tables and figures are made.
+# Where to look: data/runs/<recipe>/seed<k>.ipynb is the executed notebook of a run, seed<k>.log its output (`tail -f` follows
+# a long run), and the folder seed<k> holds checkpoints and weights. data/results/<recipe>/seed<k>.json is its record, from
+# which tables and figures are made.
 #
-# After a stop of any kind, the same command goes on: finished runs stay, unfinished ones continue from their checkpoint.
-# A run that fails does not stop the others. To have something made again, delete it.
+# After an interruption of any kind, the same command continues: finished runs stay, unfinished ones resume from their
+# checkpoint. A run that fails does not stop the others. To repeat a run or a table, delete its output.
 #
-# Several GPUs: JOBS=<how many>; every run gets one of its own. SLURM, from a login node with the folder on a shared disk:
+# Several GPUs: with JOBS=<number of GPUs>, every run gets one of its own. SLURM, from a login node with the folder on a
+# shared disk:
 #   make tables BENCH=voc JOBS=20 SNAKEMAKE="--executor slurm --default-resources slurm_partition=gpu gpu=1 runtime=2880"
 
 import logging
@@ -26,23 +27,23 @@ from sptseg.paper.batch import lock_batch, read_seeds, say, sums_agree, write_pl
 from sptseg.paper.tables import is_current, record_path, recipes_of, rows_of, table_names
 
 BENCH = str(config.get("bench", "glyphs-20"))
-SEEDS = read_seeds(config.get("seeds", 3))  # 3 means seeds 0, 1, 2; "0,2" those two
+SEEDS = read_seeds(config.get("seeds", 3))  # 3: seeds 0, 1 and 2; "0,2": seeds 0 and 2
 TABLES = table_names(BENCH)
-PARAMETERS = f"bench: {BENCH}, seeds: {SEEDS}, folder: figures"  # of the notebooks that draw
+PARAMETERS = f"bench: {BENCH}, seeds: {SEEDS}, folder: figures"  # of the notebooks for tables and figures
 
-# Snakemake tells every step at length; the commands below say more shortly how it goes. Errors, dry runs and what
-# clusters do are shown.
+# Snakemake reports every step at length; the commands below report progress in one line each. Errors, dry runs and the
+# messages of clusters are still shown.
 if not {"-n", "--dry-run", "--executor"} & set(sys.argv):
     logging.getLogger("snakemake.logging").setLevel(logging.ERROR)
 
 
 def records(tables):
-    """Records of all runs that some tables show."""
+    """Records of all runs in some tables."""
     return [str(record_path(recipe, seed)) for recipe in recipes_of(tables, BENCH) for seed in SEEDS]
 
 
 def sources(tables):
-    """All files that decide what some tables show."""
+    """All files that determine the content of some tables."""
     rows = [row for table in tables for row in rows_of(table, BENCH)]
     measured = [f"data/results/{row.record}.json" for row in rows if row.record]
     recipes = [f"nbs/experiments/{name}.yaml" for row in rows for name in (row.recipe, row.of) if name]
@@ -50,19 +51,19 @@ def sources(tables):
 
 
 def sums(name):
-    """What a table, or the figures, were made from: a list of SHA-256 sums of sources and products."""
+    """The list of SHA-256 sums of the sources and products of a table or of the figures."""
     return f"data/results/sums/{BENCH}-{name}.txt"
 
 
-# What is out of date is decided by content, since git keeps no times: a record that another recipe made, a table whose
-# sources changed or whose files were deleted. Only such files are inputs below, and `--forcerun` makes Snakemake make all
-# of them. A rule without input would always run; if nothing is out of date, its input is data/tables.yaml.
+# A file is out of date by content, since git keeps no times: a record of another recipe, or a table whose sources changed
+# or whose files were deleted. Only such files are inputs below, and `--forcerun` makes Snakemake remake all of them. A rule
+# without input would always run, so its input is data/tables.yaml if nothing is out of date.
 OUTDATED = {
     *(str(record_path(recipe, seed)) for recipe in recipes_of(TABLES, BENCH) for seed in SEEDS if not is_current(recipe, seed)),
     *(sums(table) for table in TABLES if not sums_agree(sums(table), sources([table]))),
     *(sums("figures") for _ in [1] if not sums_agree(sums("figures"), sources(TABLES))),
 }
-PLAN = set()  # records that this batch makes, for the estimate of time
+PLAN = set()  # records that this batch makes, to estimate the time
 
 
 def outdated(files):
@@ -85,7 +86,7 @@ rule figures:
     input: outdated([sums("figures")])
 
 
-# One run: a recipe with a seed. Checkpoint and weights are no outputs: Snakemake deletes the outputs of what failed.
+# One run: a recipe with a seed. Checkpoints and weights are not outputs, because Snakemake deletes the outputs of a failed rule.
 rule train:
     output: "data/results/{recipe}/seed{seed}.json"
     log: "data/runs/{recipe}/seed{seed}.ipynb", "data/runs/{recipe}/seed{seed}.log"
@@ -111,7 +112,7 @@ rule draw_table:
         " && python -m sptseg.paper.batch sums {output} {params.sources} figures/{wildcards.bench}-{wildcards.table}.*"
 
 
-# All figures of a benchmark in figures/, as PDF and PNG; the two diagrams of the method as SVG.
+# All figures of a benchmark in figures/, as PDF and PNG, and the two diagrams of the method as SVG.
 rule draw_figures:
     input: lambda wildcards: outdated(records(TABLES))
     output: "data/results/sums/{bench}-figures.txt"

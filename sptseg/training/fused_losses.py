@@ -41,10 +41,10 @@ def blur_axis(
 class Axis(NamedTuple):
     """The linear maps along one axis with h grid points and H pixels."""
 
-    resize: Tensor  # U, (H, h): bilinear, corners not aligned
-    mean: Tensor  # G U, (H, h): resized, then filtered
-    add_midpoints: Tensor  # M, (2h-1, h): grid points, then the points half-way between
-    mean_square: Tensor  # G Q, (H, 2h-1): parabolas through the points of `add_midpoints`, then filtered
+    resize: Tensor  # R, (H, h): bilinear, corners not aligned
+    mean: Tensor  # GR, (H, h): resized, then filtered
+    add_midpoints: Tensor  # J, (2h-1, h): grid points, then the points half-way between
+    mean_square: Tensor  # GL, (H, 2h-1): parabolas through the points of `add_midpoints`, then filtered
 
 # %% ../../nbs/69_training.fused_losses.ipynb #61478146
 def make_axis(
