@@ -48,7 +48,7 @@ def glyph_ink(
 def silhouette_and_lines(
     ink: Image.Image,  # mode "L", from `glyph_ink`
 ) -> np.ndarray:  # (h, w, 2) uint8: coverage of the silhouette, coverage of the line drawing
-    """Fill a glyph, and find the drawing inside it."""
+    """Separate a glyph into its silhouette and the line drawing inside it."""
     outside = ink.point(lambda value: 255 if value > 31 else 0)
     ImageDraw.floodfill(outside, (0, 0), 128)
     drawn = np.asarray(ink)
@@ -62,8 +62,8 @@ def silhouette_and_lines(
 def pictogram(
     thing: str,  # a key of `THINGS`
     side: int,  # side of the square image, pixels
-) -> Image.Image:  # mode "RGB": silhouette, lines, nothing
-    """A thing in a square, its longer side filling 98 % of it."""
+) -> Image.Image:  # mode "RGB": silhouette, lines, zeros
+    """Draw a thing in a square; its longer side fills 98 % of the square's side."""
     layers = silhouette_and_lines(glyph_ink(thing, 2 * side))
     height, width = (max(1, round(0.98 * side * extent / max(layers.shape[:2]))) for extent in layers.shape[:2])
     bands = np.dstack([layers, np.zeros_like(layers[..., 0])])
@@ -74,7 +74,7 @@ def pictogram(
 
 # %% ../../nbs/12_data.glyphs.ipynb #58f69e12
 class Pose(NamedTuple):
-    """Where and how a thing stands in the picture."""
+    """Position, size, rotation and mirroring of a thing in the image."""
 
     centre: np.ndarray  # (2,) x and y in units of the image's side
     span: float  # side of the pictogram's square in units of the image's side
@@ -108,19 +108,19 @@ def paint(
     saturation: float,  # 0..1
     value: float,  # 0..1
 ) -> np.ndarray:  # (3,) float32 RGB in 0..1
-    """HSV to RGB."""
+    """Convert HSV to RGB."""
     return np.array(hsv_to_rgb(hue / 360 % 1, saturation, value), np.float32)
 
 # %% ../../nbs/12_data.glyphs.ipynb #fe5c6178
 def draw_thing(
     canvas: np.ndarray,  # (H, H, 3) float32 RGB in 0..1, changed in place
-    layers: np.ndarray,  # (H, H) uint8, which layer is on top, changed in place
+    layers: np.ndarray,  # (H, H) uint8, number of the topmost layer, changed in place
     name: str,  # one of `THING_NAMES`
     pose: Pose,
     layer: int,  # number of this thing's layer
     rng: np.random.Generator,
 ) -> None:
-    """Paint a thing over the scene; a pixel belongs to it where its silhouette covers at least half of the pixel."""
+    """Paint a thing over the scene; a pixel belongs to the thing if the silhouette covers at least half of it."""
     colour, thing = name.split()
     region, silhouette, lines = place(thing, pose, len(canvas))
     body = paint(HUES[colour] + rng.uniform(-9, 9), rng.uniform(0.6, 0.9), rng.uniform(0.7, 0.95))
@@ -139,7 +139,7 @@ def texture(
     u: np.ndarray,  # (H, H) first coordinate, radians
     v: np.ndarray,  # (H, H) second coordinate, radians
 ) -> np.ndarray:  # (H, H) values −1, 0 or 1
-    """The pattern of a ground."""
+    """Return the pattern of a ground."""
     if kind == "wall":
         return np.zeros_like(u)
     if kind == "stripes":
@@ -166,10 +166,10 @@ def draw_ground(
 # %% ../../nbs/12_data.glyphs.ipynb #254a79a3
 def draw_pose(
     rng: np.random.Generator,
-    taken: Sequence[np.ndarray],  # centres of the things drawn before
+    taken: Sequence[np.ndarray],  # centres of earlier things
     spans: tuple[float, float],  # smallest and largest span, in units of the image's side
 ) -> Pose:
-    """A random pose, away from the things already there."""
+    """Draw a random pose away from earlier things."""
     places = rng.uniform(0.18, 0.82, (6, 2))
     if len(taken):
         distances = np.linalg.norm(places[:, None] - np.stack(taken), axis=-1).min(axis=1)
@@ -184,7 +184,7 @@ def draw_scene(
     rng: np.random.Generator,
     spans: tuple[float, float] = (0.4, 0.65),  # sizes of things, in units of the image's side
 ) -> tuple[np.ndarray, np.ndarray]:  # (H, H, 3) uint8 RGB; (H, H) uint8 layers: grounds first, then things
-    """Draw an image, and which layer is on top at every pixel."""
+    """Draw an image and the map of its topmost layers."""
     canvas, layers = draw_ground(grounds[0], size, rng), np.zeros((size, size), np.uint8)
     if len(grounds) > 1:
         slope, horizon = rng.uniform(-0.5, 0.5), rng.uniform(0.3, 0.7)
@@ -208,7 +208,7 @@ def scene_rng(
     split: str,  # "train" or "val"
     index: int,  # of the image
 ) -> np.random.Generator:  # the only source of randomness of that image
-    """The generator of one image."""
+    """Return the random generator of an image."""
     return np.random.default_rng(np.random.SeedSequence([seed, SPLITS[split], index]))
 
 # %% ../../nbs/12_data.glyphs.ipynb #5c5b8927
@@ -216,7 +216,7 @@ def split_names(
     classes: Sequence[str],  # names of all classes of a label set
     origin: str,  # named in the error message
 ) -> tuple[list[str], list[str]]:  # the thing classes, the ground classes
-    """Tell things from grounds; a name that cannot be drawn raises `UserError`."""
+    """Separate the names of things and grounds; a name that cannot be drawn raises `UserError`."""
     things = [name for name in classes if name in THING_NAMES]
     grounds = [name for name in classes if name in GROUND_NAMES]
     unknown = sorted(set(classes) - set(things) - set(grounds))
@@ -279,10 +279,10 @@ WORDINGS = (
 
 def caption(
     things: Sequence[str],  # of `THING_NAMES`; any order
-    grounds: Sequence[str] = (),  # of `GROUND_NAMES`; may be left out, as captions do
-    wording: str = WORDINGS[0],  # where "a {}" stands for the list
+    grounds: Sequence[str] = (),  # of `GROUND_NAMES`; may be left out, as captions often do
+    wording: str = WORDINGS[0],  # "a {}" stands for the list
 ) -> str:  # for instance "a picture of a red cat and a blue star on grey stripes."
-    """A sentence that describes an image."""
+    """Write a sentence that describes an image."""
 
     def listed(names):
         return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
@@ -297,7 +297,7 @@ def captioned_scene(
     counts: tuple[int, int] = (1, 4),  # smallest and largest number of things
     spans: tuple[float, float] = (0.4, 0.65),  # sizes of things, in units of the image's side
 ) -> tuple[np.ndarray, list[str], list[str]]:  # image (3, H, H) uint8; names of things; names of grounds
-    """An image, and what a caption can name."""
+    """Draw an image and list the names that a caption can use."""
     things = rng.choice(THING_NAMES, rng.integers(counts[0], counts[1] + 1), replace=False).tolist()
     grounds = rng.choice(GROUND_NAMES, rng.integers(1, 3), replace=False).tolist()
     image, layers = draw_scene(things, grounds, size, rng, spans)
