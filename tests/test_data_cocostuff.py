@@ -24,7 +24,7 @@ from sptseg.data.cocostuff import (
     prepare_cocostuff,
 )
 from sptseg.data.label_sets import load_label_set
-from sptseg.data.miniatures import encode, write_archive
+from sptseg.data.miniatures import encode, write_archive, write_cocostuff_archives
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples" / "cocostuff164k"
 GAPS = np.array([11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90])
@@ -41,11 +41,9 @@ def drawn(name, size=(24, 32)):
 
 def write_archives(root, names=NAMES):
     """The three official archives with drawn images."""
-    for folder, listed in names.items():
-        images = {f"{folder}/{name}.jpg": encode(drawn(name)[0], "jpeg") for name in listed}
-        write_archive(root / f"{folder}.zip", images)
-    masks = {f"{f}/{name}.png": encode(drawn(name)[1]) for f, listed in names.items() for name in listed}
-    write_archive(root / COCO_MASK_ARCHIVE.name, masks)
+    scenes = {f"{folder}/{name}": drawn(name) for folder, listed in names.items() for name in listed}
+    images = {name: encode(image, "jpeg") for name, (image, _) in scenes.items()}
+    write_cocostuff_archives(root, images, {name: encode(mask) for name, (_, mask) in scenes.items()})
     return root
 
 
@@ -92,17 +90,15 @@ def test_prepared_labels_are_those_of_the_archive(root):
 
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="the real samples are not there")
 def test_real_samples(tmp_path):
-    originals = {path.relative_to(SAMPLES).as_posix(): path for path in SAMPLES.rglob("*.*g")}
-    for split in ("train2017", "val2017"):
-        found = {name.removeprefix("images/"): p for name, p in originals.items() if name.startswith(f"images/{split}")}
-        write_archive(tmp_path / f"{split}.zip", {name: path.read_bytes() for name, path in found.items()})
-    masks = {n.removeprefix("annotations/"): p.read_bytes() for n, p in originals.items() if n.endswith(".png")}
-    write_archive(tmp_path / COCO_MASK_ARCHIVE.name, masks)
+    kinds = {"images": "*.jpg", "annotations": "*.png"}
+    found = {kind: sorted((SAMPLES / kind).rglob(ending)) for kind, ending in kinds.items()}
+    images, masks = ({f"{p.parent.name}/{p.stem}": p.read_bytes() for p in found[kind]} for kind in kinds)
+    write_cocostuff_archives(tmp_path, images, masks)
     assert prepare(tmp_path) == {"train": 13, "val": 4}
     classes = load_label_set("coco-stuff").classes
     for split in ("train", "val"):
         for sample in cocostuff_samples(tmp_path, split):
-            raw = np.asarray(Image.open(originals[f"annotations/{split}2017/{sample.name}.png"]))
+            raw = np.asarray(Image.open(SAMPLES / f"annotations/{split}2017/{sample.name}.png"))
             assert np.array_equal(sample.mask, expected_ids(raw))
             if sample.name == "000000000139":  # a living room with a person, chairs and a television
                 assert {"person", "chair", "tv"} <= {classes[i] for i in sample.mask.unique().tolist() if i != IGNORE}
@@ -134,9 +130,7 @@ def test_killed_and_run_again(tmp_path, workers):
     names = {"train2017": [f"{number:012d}" for number in range(1, 401)], "val2017": NAMES["val2017"]}
     masks = {f"{f}/{name}": drawn(name, (160, 200))[1] for f, listed in names.items() for name in listed}
     root, image = tmp_path / "cocostuff", encode(np.zeros((160, 200, 3), np.uint8), "jpeg")
-    for folder, listed in names.items():
-        write_archive(root / f"{folder}.zip", {f"{folder}/{name}.jpg": image for name in listed})
-    write_archive(root / COCO_MASK_ARCHIVE.name, {f"{name}.png": encode(mask) for name, mask in masks.items()})
+    write_cocostuff_archives(root, dict.fromkeys(masks, image), {name: encode(mask) for name, mask in masks.items()})
     call = f"prepare_cocostuff({str(root)!r}, partial=True, workers={workers}, progress=False)"
     process = subprocess.Popen([sys.executable, "-c", f"from sptseg.data.cocostuff import *; {call}"], cwd=tmp_path)
     folder = root / "annotations/train2017"

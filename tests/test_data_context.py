@@ -27,7 +27,7 @@ from sptseg.data.context import (
     read_numbers,
 )
 from sptseg.data.label_sets import INVALID, load_label_set
-from sptseg.data.miniatures import encode, write_archive
+from sptseg.data.miniatures import encode, write_archive, write_context_archives
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples" / "pascal_context"
 CLASSES = load_label_set("context-59").classes
@@ -48,17 +48,7 @@ def write_archives(root, splits=SPLITS, images=None, masks=None):
     names = [name for listed in splits.values() for name in listed]
     images = images or {name: encode(drawn(name)[0], "jpeg") for name in names}
     masks = masks or {name: encode(drawn(name)[1]) for name in names}
-    files = {f"ImageSets/Main/{split}.txt": ("\n".join(listed) + "\n").encode() for split, listed in splits.items()}
-    files |= {f"JPEGImages/{name}.jpg": content for name, content in images.items()}
-    files |= {"ImageSets/Main/cat_val.txt": b"2009_000637 -1\n", "Annotations/2009_000637.xml": b"<annotation/>"}
-    write_archive(
-        root / VOC2010_ARCHIVE.name, {f"VOCdevkit/VOC2010/{name}": content for name, content in files.items()}
-    )
-    write_archive(
-        root / CONTEXT_MASK_ARCHIVE.name,
-        {f"59_context_labels/{n}.png": content for n, content in masks.items()},
-    )
-    (root / CONTEXT_NAMES.name).write_text(SITE_LIST)
+    write_context_archives(root, splits, images, masks, SITE_LIST)
     return root
 
 

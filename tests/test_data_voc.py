@@ -20,7 +20,7 @@ from scipy.io import savemat
 
 from sptseg.core import UserError
 from sptseg.data import voc
-from sptseg.data.miniatures import encode, write_archive
+from sptseg.data.miniatures import encode, write_voc_archives
 from sptseg.data.voc import (
     SBD_ARCHIVE,
     VOC_ARCHIVE,
@@ -51,20 +51,6 @@ def jpg_bytes(shape, rng):
     return buffer.getvalue()
 
 
-def write_archives(root, lists, images, voc_masks, sbd_masks):
-    """Both archives in the official layout; the last three are bytes of files by image name."""
-    text = {key: "".join(f"{name}\n" for name in names).encode() for key, names in lists.items()}
-    first = {f"VOCdevkit/VOC2012/ImageSets/Segmentation/{key}.txt": text[key] for key in ("train", "val")}
-    first |= {f"VOCdevkit/VOC2012/JPEGImages/{name}.jpg": content for name, content in images.items()}
-    first |= {f"VOCdevkit/VOC2012/SegmentationClass/{name}.png": content for name, content in voc_masks.items()}
-    first |= {f"VOCdevkit/VOC2012/SegmentationObject/{name}.png": b"not wanted" for name in voc_masks}
-    second = {f"benchmark_RELEASE/dataset/cls/{name}.mat": content for name, content in sbd_masks.items()}
-    second |= {f"benchmark_RELEASE/dataset/{key}.txt": text[f"sbd_{key}"] for key in ("train", "val")}
-    second |= {f"benchmark_RELEASE/dataset/img/{name}.jpg": b"not wanted" for name in sbd_masks}
-    write_archive(root / VOC_ARCHIVE.name, first)
-    write_archive(root / SBD_ARCHIVE.name, second)
-
-
 def make_miniature(root, count=6):
     """`count` images for each of train, val and aug; returns all masks as arrays."""
     rng = np.random.default_rng(0)
@@ -78,7 +64,7 @@ def make_miniature(root, count=6):
     sbd = {"sbd_train": lists["aug"][::-2] + lists["train"][:2] + lists["val"][:1], "sbd_val": lists["aug"][-2::-2]}
     sbd["sbd_val"] += lists["val"][1:2]
     in_sbd = {name: encode(masks[name], "mat") for name in sbd["sbd_train"] + sbd["sbd_val"]}
-    write_archives(root, {**lists, **sbd}, images, voc_masks, in_sbd)
+    write_voc_archives(root, {**lists, **sbd}, images, voc_masks, in_sbd)
     return lists, {name: masks[name] if name in lists["aug"] else own[name] for name in names}
 
 
@@ -377,7 +363,7 @@ def test_real_images_and_masks(tmp_path):
     sbd |= {
         name: encode(np.asarray(Image.open(io.BytesIO(own[name]))), "mat") for name in (names[0], names[1], names[3])
     }
-    write_archives(tmp_path, lists, images, own, sbd)
+    write_voc_archives(tmp_path, lists, images, own, sbd)
     counts = prepare(tmp_path)
     assert counts == dict(
         train=len(names[::2]), aug=len(aug), trainaug=len(names[::2]) + len(aug), val=len(names[1::2])

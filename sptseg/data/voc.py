@@ -43,7 +43,7 @@ assert VOC_COUNTS["train"] + VOC_COUNTS["aug"] == VOC_COUNTS["trainaug"]
 
 # %% ../../nbs/22_data.voc.ipynb #92a2f5bc
 def voc_palette() -> np.ndarray:  # (256, 3) uint8, RGB
-    """The colours of VOC's masks."""
+    """Return the colours of VOC's masks."""
     places = np.arange(8)
     bits = np.arange(256)[:, None] >> places & 1  # (256, 8)
     channels = (bits << (7 - places // 3)) @ np.eye(3, dtype=int)[places % 3]
@@ -97,7 +97,7 @@ def list_file(
     base: Path,  # VOC2012
     split: str,  # "train", "aug", "trainaug" or "val"
 ) -> Path:
-    """Where the list of a split lies."""
+    """Return the path of a split's list."""
     return base / "ImageSets" / "Segmentation" / f"{split}.txt"
 
 
@@ -106,7 +106,7 @@ def voc_files(
     names: Sequence[str],
     masks: str,  # folder of the masks
 ) -> list[tuple[Path, Path]]:  # image, mask
-    """The files of some images."""
+    """Return the files of some images."""
     return [(base / "JPEGImages" / f"{name}.jpg", base / masks / f"{name}.png") for name in names]
 
 # %% ../../nbs/22_data.voc.ipynb #3ff57bea
