@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -428,7 +429,7 @@ def test_help_has_a_description_and_examples(command, capsys):
     parser = COMMANDS[command]
     assert parser.description and "  sptseg " in (parser.epilog or "")
     for line in parser.epilog.splitlines()[1:]:
-        parse_arguments(line.split()[1:])
+        parse_arguments(shlex.split(line)[1:])
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
