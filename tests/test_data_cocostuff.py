@@ -166,7 +166,7 @@ def test_number_that_no_mask_may_hold(root, number):
     "content, reason",
     [
         (encode(np.zeros((24, 32, 3), np.uint8)), "3 channels"),
-        (encode(np.zeros((24, 32), np.uint16)), "16 bits"),
+        (encode(np.full((24, 32), 300, np.uint16)), "300"),
         (encode(drawn("000000000139")[1])[:-40], "incomplete"),
         (b"not an image", "not an image"),
     ],

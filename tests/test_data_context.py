@@ -259,7 +259,7 @@ def test_wrong_counts(root, complete, monkeypatch):
     [
         (encode(np.full((24, 32), 60, np.uint8)), "label 60"),
         (encode(np.zeros((24, 32, 3), np.uint8)), "3 channels"),
-        (encode(np.zeros((24, 32), np.uint16)), "16 bits"),
+        (encode(np.full((24, 32), 300, np.uint16)), "label 300"),
         (encode(np.zeros((32, 24), np.uint8)), "24×32"),
         (encode(drawn(ALL[3])[1])[:-40], "incomplete"),
     ],

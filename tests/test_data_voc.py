@@ -252,12 +252,11 @@ def test_wrong_samples_are_named(root):
     base = root / "VOC2012"
     masks = {file: (base / file).read_bytes() for file in ("SegmentationClass/2007_000001.png",)}
     mask = np.asarray(Image.open(base / "SegmentationClass/2007_000001.png"))
-    wide = mask.astype(np.int32)
     for wrong, words in [
         (np.maximum(mask, 21), "label"),
         (mask[:-1], "30×19" if mask.shape == (20, 30) else "×"),
         (voc_palette()[mask], "3 channels"),
-        (wide.astype(np.uint16), "16 bits"),
+        (np.full(mask.shape, 300, np.uint16), "label 300"),
     ]:
         Image.fromarray(wrong).save(base / "SegmentationClass/2007_000001.png")
         assert "2007_000001.png" in (said := message(prepare, root)) and words in said
