@@ -93,11 +93,13 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     folder, overrides = Path(arguments.run), parse_overrides(arguments.settings)
     recipe = load_recipe(arguments.recipe, **overrides) if arguments.recipe else recipe_of_run(folder, **overrides)
     weights = folder / ("best.safetensors" if arguments.best else "model.safetensors")
-    results = evaluate_weights(recipe, weights, progress=not arguments.quiet)
+    results = evaluate_weights(recipe, weights, progress=not arguments.quiet, details_folder=arguments.details)
     out = arguments.out or evaluation_path(folder, recipe, results["data"], arguments.best)
     save_json(out, results)
     print(summarise(results["metrics"]))
     print(f"results: {out}")
+    if arguments.details:
+        print(f"predictions, confusion and worst images: {arguments.details}")
     return 0
 
 
@@ -242,6 +244,7 @@ def add_run_commands(
     evaluate.add_argument("--recipe", help="evaluate as this recipe says (default: the run's own)")
     evaluate.add_argument("--best", action="store_true", help="the weights of the best evaluation, not the last ones")
     evaluate.add_argument("--out", type=Path, help="JSON file to write (default: in the folder of the run)")
+    evaluate.add_argument("--details", type=Path, help="folder for predictions, confusion and the worst images")
     evaluate.set_defaults(command=run_evaluate)
     for command in (train, evaluate):
         command.add_argument("settings", nargs="*", default=[], metavar="key=value", help=SETTINGS_HELP)

@@ -164,12 +164,12 @@ def show_images(
 
 # %% ../nbs/02_plots.ipynb #2ed0e7f6
 def show_segmentations(
-    rows: Sequence[dict],  # per sample: title → uint8 image (3, H, W) or label map (H, W); "truth" is one of them
+    rows: Sequence[dict],  # per sample: title → uint8 image (3, H, W) or label map (H, W)
     names: Sequence[str],  # names of all C classes
     unseen: Sequence[int] = (),  # ids of unseen classes, outlined in the maps
     size: float = 1.3,  # width of one image, inches
 ) -> Figure:
-    """Draw samples as rows, with a legend of the classes that occur in them."""
+    """Draw samples as rows, with a legend; where a map "truth" has no label, the other maps are left white."""
     shape, titles = (len(rows), len(rows[0])), [drawn_name(title) for title in rows[0]]
     figure, axes = plt.subplots(
         *shape, figsize=(size * shape[1] + 1.4, size * shape[0]), squeeze=False, layout="constrained"
@@ -183,7 +183,8 @@ def show_segmentations(
             if values.ndim == 3:
                 axis.imshow(np.asarray(values).transpose(1, 2, 0))
                 continue
-            ids = np.where(np.asarray(row["truth"]) == ignore, ignore, np.asarray(values))
+            truth = np.asarray(row.get("truth", values))
+            ids = np.where(truth == ignore, ignore, np.asarray(values))
             axis.imshow(colour_mask(ids, names))
             present |= set(np.unique(ids).tolist()) - {ignore}
             if np.isin(ids, unseen).any():

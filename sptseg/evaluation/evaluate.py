@@ -25,6 +25,7 @@ from ..data.folder import folder_labels
 from ..data.integrity import check_readable, read_batches
 from ..data.label_sets import LabelSet, label_to_train_id
 from ..data.transforms import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, SegmentationData
+from .details import EvaluationDetails
 from .metrics import SegmentationMetrics
 from ..inference.windows import default_stride, predict_labels, resize_masks
 from ..models.clip import ClipModel, class_embeddings, load_clip, load_text_embeddings
@@ -63,7 +64,7 @@ def load_parts(
 def file_notes(
     recipe: Recipe,  # of the training
     labels: LabelSet,  # of its benchmark
-    clip_sha256: str,  # see `sptseg.models.clip.fingerprint`
+    clip_sha256: str | None,  # see `sptseg.models.clip.fingerprint`; None: not known
 ) -> dict:  # what a file of weights says about itself, see `FileNotes`
     """Describe a trained model, so that its file can be used without the dataset and the recipe."""
     keys = ("method", "dataset", "setting", "clip_weights")
@@ -106,13 +107,16 @@ def evaluate(
     loader: DataLoader,  # see `eval_loader`
     labels: LabelSet,
     progress: bool = True,  # whether to show a progress bar
+    details: EvaluationDetails | None = None,  # receives every image, if wanted
 ) -> dict:  # pAcc, mIoU(S), mIoU(U), hIoU, mIoU in percent, and "IoU" by class name; see `Scores.as_dict`
     """Metrics of a predictor; the counts of several processes are summed."""
     metrics = SegmentationMetrics(labels)
     batches = tqdm(read_batches(loader), total=len(loader), desc="evaluate", disable=not progress, leave=False)
-    for image, mask, _ in batches:
+    for image, mask, names in batches:
         prediction = predict(image, tuple(mask.shape[-2:]))
         metrics.update(prediction, mask[0].to(prediction.device))
+        if details is not None:
+            details.add(names[0], prediction, mask[0])
     return metrics.compute().as_dict()
 
 # %% ../../nbs/51_evaluation.evaluate.ipynb #8ddab697
@@ -245,12 +249,16 @@ def evaluate_weights(
     weights: str | Path,  # the run's model.safetensors
     out: str | Path | None = None,  # JSON file to write, if wanted
     progress: bool = True,  # whether to show a progress bar
+    details_folder: str | Path | None = None,  # for predictions, confusion and worst images, if wanted
 ) -> dict:  # "metrics", "recipe", "weights" and provenance
     """Evaluate saved weights on a whole test set."""
     benchmark, _, predict = load_model(recipe, weights)
     check_readable(benchmark.val, progress=progress)
     loader = eval_loader(benchmark, recipe.image_size, recipe.workers)
-    metrics = evaluate(predict, loader, benchmark.labels, progress=progress)
+    details = None if details_folder is None else EvaluationDetails(details_folder, benchmark.labels)
+    metrics = evaluate(predict, loader, benchmark.labels, progress=progress, details=details)
+    if details is not None:
+        details.finish(benchmark)
     results = {
         "metrics": metrics,
         "recipe": recipe.model_dump(mode="json"),

@@ -20,7 +20,10 @@ import torch
 from torch import Tensor
 
 from ..core import UserError, write_atomically
-from ..models.clip import clip_config, interpolate_position_embedding, load_clip
+from ..data.folder import folder_labels
+from ..data.label_sets import load_label_set
+from ..evaluation.evaluate import file_notes
+from ..models.clip import ClipModel, clip_config, interpolate_position_embedding, load_clip
 from ..models.segmenter import METHODS, Segmenter, SegmenterConfig, save_segmenter
 from ..models.weights import named_tensors, plain_weights
 from ..recipe import Recipe, recipe_text
@@ -114,7 +117,7 @@ def check_clip(
     encoder: dict[str, Tensor],  # the checkpoint's image encoder, by open_clip's names
     recipe: Recipe,  # names the CLIP
     checkpoint: str | Path,  # for messages
-) -> str:  # the name of the CLIP that it was compared with
+) -> ClipModel:  # the CLIP that it was compared with
     """Compare the checkpoint's encoder with the recipe's CLIP; a difference raises `UserError`."""
     if not clip_config(recipe.clip).get("quick_gelu"):
         raise UserError(f"clip: {recipe.clip!r} uses GELU, both releases QuickGELU; name a CLIP with QuickGELU")
@@ -128,7 +131,7 @@ def check_clip(
             f"{checkpoint}: backbone.{name} differs from that of {clip.name}; name the CLIP that the model was trained "
             "with (a fine-tuned encoder cannot be converted)"
         )
-    return clip.name
+    return clip
 
 # %% ../../nbs/71_releases.convert.ipynb #72d133cd
 def check_config(
@@ -172,11 +175,13 @@ def write_folder(
     out: Path,  # folder of the run
     model: Segmenter,
     recipe: Recipe,
+    clip: ClipModel | None = None,  # that the checkpoint was compared with
 ) -> Path:  # the file of weights
     """Write `model.safetensors` and `recipe.yaml`; other files under these names raise `UserError`."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; name a folder")
-    notes = {"method": recipe.method, "dataset": recipe.dataset, "setting": recipe.setting, "origin": "converted"}
+    labels = folder_labels(recipe.data_root) if recipe.dataset == "folder" else load_label_set(recipe.dataset)
+    notes = file_notes(recipe, labels, clip and clip.weights_hash) | {"origin": "converted"}
     with TemporaryDirectory() as folder:
         weights = save_segmenter(Path(folder, "model.safetensors"), model, clip=recipe.clip, **notes)
         text = Path(folder, "recipe.yaml")
@@ -222,11 +227,11 @@ def convert_checkpoint(
         "checkpoint": str(checkpoint),
         "method": method_of(model.config),
         "config": model.config.model_dump(),
-        "compared with": compared,
+        "compared with": compared and compared.name,
         "tensors read": len(trained),
         "values read": sum(tensor.numel() for tensor in trained.values()),
         "left out": count_reasons(len(encoder), bool(compared), left_out, others),
-        "weights": str(write_folder(Path(out), model, recipe)),
+        "weights": str(write_folder(Path(out), model, recipe, compared)),
     }
 
 # %% ../../nbs/71_releases.convert.ipynb #3c104000
