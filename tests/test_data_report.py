@@ -18,6 +18,7 @@ from sptseg.core import IGNORE, UserError, save_json  # noqa: E402
 from sptseg.data.files import FileSamples  # noqa: E402
 from sptseg.data.label_sets import LabelSet, load_label_set, raw_lookup
 from sptseg.data.report import (  # noqa: E402
+    early_warnings,
     evenly,
     name_places,
     pick_examples,
@@ -156,6 +157,35 @@ def test_images_turned_by_their_note_are_counted(tmp_path):
     assert any(line.startswith("2 of 4 images are turned") for line in report_warnings(quiet(LABELS, data)))
     assert any(line.startswith("1 of 2 images") for line in report_warnings(quiet(LABELS, Subset(data, [1, 2]))))
     assert report_warnings(quiet(LABELS, Subset(data, [0, 2]))) == []
+
+
+@pytest.mark.parametrize("numbers", [(), (1, 2)])
+def test_masks_of_0_and_255_are_recognised(numbers):
+    labels = LabelSet("two", ("ground", "dog"), numbers=numbers)
+    change = lambda mask, index: torch.where(mask < 2, IGNORE if numbers else 0, IGNORE).byte()  # noqa: E731
+    found = quiet(labels, Drawn(classes=4, change=change))
+    assert report_warnings(found)[0].startswith("all masks hold 0 and 255 only")
+    assert early_warnings(labels, Drawn(classes=4, change=change), images=3)[0].startswith("all masks hold 0 and 255")
+    some = lambda mask, index: torch.where(mask < 2, 0, 1 if index == 7 else IGNORE).byte()  # noqa: E731
+    assert not any(
+        "0 and 255" in line for line in report_warnings(quiet(LabelSet("two", ("a", "b")), Drawn(change=some)))
+    )
+
+
+def test_early_warnings_look_at_few_images_and_draw_no_random_numbers():
+    class Counted(Drawn):
+        asked = []
+
+        def __getitem__(self, index):
+            self.asked.append(index)
+            return super().__getitem__(index)
+
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    data = Counted(100, change=without(1))
+    assert early_warnings(LABELS, data, images=10) == [] and len(data.asked) == 10
+    assert torch.equal(torch.get_rng_state(), state), "a training that is warned stays the same"
+    assert any("never occur" in line for line in early_warnings(LABELS, Drawn(10, change=without(1))))
 
 
 def test_a_part_of_the_dataset_is_said_to_be_a_part():

@@ -42,6 +42,7 @@ from ..data.benchmarks import Benchmark, data_identity
 from ..data.files import read_bytes
 from ..data.integrity import check_readable, read_batches
 from ..data.label_sets import label_to_train_id, train_class_ids
+from ..data.report import early_warnings
 from ..data.transforms import SegmentationData, TrainTransform, sample_generator
 from sptseg.evaluation.evaluate import (
     benchmark_of,
@@ -757,6 +758,8 @@ def train(
         claim_folder(out, recipe, run_inputs(recipe, benchmark, clip))
         if not (out / RESULTS).exists():
             check_readable(benchmark.train, benchmark.val, progress=progress)
+            for text in early_warnings(benchmark.labels, benchmark.train) if recipe.data_root else ():
+                warnings.warn(f"{recipe.data_root}: {text}", stacklevel=2)
         if (share := peak_rate_share(recipe)) < 0.5:
             reached = f"warmup_iterations {recipe.warmup_iterations}: the rate reaches only {share:.0%} of lr"
             remedy = f"set warmup_iterations below {recipe.iterations // 10}, or train longer"
