@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SETTINGS_HELP', 'DATASETS', 'parse_overrides', 'default_folder', 'first_comment', 'run_train', 'run_recipes',
-           'run_evaluate', 'run_prepare', 'run_report', 'run_convert', 'run_check_reference', 'run_models',
-           'run_predict', 'no_setting', 'describe', 'add_run_commands', 'add_predict_commands', 'add_data_commands',
-           'make_parser', 'parse_arguments', 'output_is_closed', 'main']
+           'run_evaluate', 'run_prepare', 'run_convert_data', 'run_report', 'run_convert', 'run_check_reference',
+           'run_models', 'run_predict', 'no_setting', 'describe', 'add_run_commands', 'add_predict_commands',
+           'add_convert_command', 'add_data_commands', 'make_parser', 'parse_arguments', 'output_is_closed', 'main']
 
 # %% ../nbs/90_cli.ipynb #485c49d5
 import argparse
@@ -110,6 +110,25 @@ def run_prepare(arguments: argparse.Namespace) -> int:
     counts = prepare(arguments.root, progress=not arguments.quiet, **options)
     print(", ".join(f"{name} {count:,}" for name, count in counts.items()))
     print(f"ready: {arguments.root}")
+    return 0
+
+
+def run_convert_data(arguments: argparse.Namespace) -> int:
+    """Convert annotations into a folder of index masks."""
+    from sptseg.data.convert import convert_panoptic, convert_yolo
+
+    options = {"workers": arguments.workers, "progress": not arguments.quiet}
+    if arguments.source.suffix.lower() in (".yaml", ".yml"):
+        counts = convert_yolo(arguments.source, arguments.root, **options)
+    elif arguments.images is None:
+        raise UserError(f"{arguments.source}: a panoptic JSON file needs the folder of its images; add --images DIR")
+    else:
+        options |= {"images": arguments.images, "masks": arguments.masks, "split": arguments.split}
+        counts = convert_panoptic(arguments.source, arguments.root, **options)
+    print(", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    print(
+        f"ready: {arguments.root}; now: sptseg data report folder --root {arguments.root} --split {next(iter(counts))}"
+    )
     return 0
 
 
@@ -289,10 +308,31 @@ DATASETS = {  # a command: what it prepares
 }
 
 
+def add_convert_command(
+    kinds: argparse._SubParsersAction,  # of `data`
+) -> None:
+    """`data convert`."""
+    convert = kinds.add_parser(
+        "convert",
+        **describe(
+            "convert own annotations, COCO's panoptic JSON or a YOLO config.yaml, into a folder that training reads",
+            "data convert panoptic_train.json --images train --root own --split train",
+            "data convert config.yaml --root own",
+        ),
+    )
+    convert.add_argument("source", type=Path, help="panoptic JSON file, or YOLO's config.yaml")
+    convert.add_argument("--root", type=Path, required=True, help="folder to write")
+    convert.add_argument("--images", type=Path, help="folder of the images (panoptic JSON)")
+    convert.add_argument("--masks", type=Path, help="folder of the PNG files (default: named like the JSON file)")
+    split = "which split the JSON file becomes (default: train); a config.yaml names its splits"
+    convert.add_argument("--split", choices=("train", "val"), default="train", help=split)
+    convert.set_defaults(command=run_convert_data)
+
+
 def add_data_commands(
     commands: argparse._SubParsersAction,  # of the main parser
 ) -> None:
-    """`data voc`, `data cocostuff`, `data context` and `data report`."""
+    """`data voc`, `data cocostuff`, `data context`, `data report` and `data convert`."""
     data = commands.add_parser(
         "data",
         **describe("prepare and check a dataset, or report its content", "data voc --root /data/voc --download"),
@@ -320,6 +360,7 @@ def add_data_commands(
     report.add_argument("--images", type=int, help="look at so many images, evenly spread (default: all)")
     report.add_argument("--out", type=Path, help="figure to write (default: report-DATASET-SPLIT.png)")
     report.set_defaults(command=run_report)
+    add_convert_command(kinds)
     for command in kinds.choices.values():
         command.add_argument(
             "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)"

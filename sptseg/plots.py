@@ -192,7 +192,7 @@ def show_segmentations(
     palette = label_palette(names) / 255
     texts = [drawn_name(names[c]) + (" *" if c in unseen else "") for c in sorted(present)]
     handles = [Patch(color=palette[c], label="name") for c in sorted(present)]
-    look = {"fontsize": 7, "title": "* unseen", "title_fontsize": 7, "handlelength": 1}
+    look = {"fontsize": 7, "title": "* unseen" if unseen else None, "title_fontsize": 7, "handlelength": 1}
     legend = figure.legend(handles=handles, loc="outside right center", **look)
     for label, text in zip(legend.get_texts(), texts, strict=True):  # a handle whose label begins with "_" is left out
         label.set_text(text)
