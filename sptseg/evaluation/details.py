@@ -77,7 +77,7 @@ class EvaluationDetails:
 
     def worst(self, count: int) -> list[int]:  # positions of the images of lowest pixel accuracy
         accuracy = pd.DataFrame(self.rows)["pixel accuracy, %"].astype(float)
-        return accuracy.nsmallest(count).index.tolist()
+        return accuracy.dropna().nsmallest(count).index.tolist()
 
     def finish(self, benchmark: Benchmark, worst: int = 6) -> list[Path]:  # the files that were written
         table = confusion_table(self.counts, self.labels.classes)
