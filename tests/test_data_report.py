@@ -1,6 +1,5 @@
 """The survey of a dataset: right counts, warnings where something is wrong, names where the classes are."""
 
-import json
 import warnings
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch.utils.data import Subset
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from sptseg.core import IGNORE, UserError, save_json  # noqa: E402
+from sptseg.core import IGNORE, UserError  # noqa: E402
 from sptseg.data.files import FileSamples  # noqa: E402
 from sptseg.data.label_sets import LabelSet, load_label_set, raw_lookup
 from sptseg.data.report import (  # noqa: E402
@@ -25,7 +24,6 @@ from sptseg.data.report import (  # noqa: E402
     report_text,
     report_warnings,
     show_report,
-    summary,
     survey,
 )
 from sptseg.data.transforms import Sample  # noqa: E402
@@ -191,20 +189,6 @@ def test_early_warnings_look_at_few_images_and_draw_no_random_numbers():
 def test_a_part_of_the_dataset_is_said_to_be_a_part():
     found = quiet(LABELS, Drawn(change=without(1)), images=3)
     assert any("never occur in 3 of 12 images: cat" in line for line in report_warnings(found))
-
-
-def test_the_summary_is_json_and_complete(tmp_path):
-    found = quiet(LABELS, Broken(8))
-    save_json(tmp_path / "summary.json", summary(found))
-    content = json.loads((tmp_path / "summary.json").read_text())
-    assert list(content["classes"]) == list(LABELS.classes) and content["unseen"] == ["cat", "car"]
-    assert content["classes"]["tree"] == {
-        "pixels": int(found.pixels[2]),
-        "share": round(float(found.share[2]), 6),
-        "images": 6,
-    }
-    assert (content["surveyed"], content["images"], len(content["unusable"])) == (6, 8, 2)
-    assert content["height"] == [20, 22] and content["warnings"] == report_warnings(found)
 
 
 def test_text_has_a_line_for_every_class():

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['evenly', 'is_turned', 'Counts', 'Survey', 'count_samples', 'survey', 'listed', 'class_warnings', 'is_binary',
-           'sample_warnings', 'report_warnings', 'early_warnings', 'common_sizes', 'summary', 'class_table',
-           'report_text', 'name_places', 'outlined', 'show_overlay', 'show_classes', 'show_sizes', 'show_ignored',
-           'pick_examples', 'show_warnings', 'show_report']
+           'sample_warnings', 'report_warnings', 'early_warnings', 'common_sizes', 'class_table', 'report_text',
+           'name_places', 'outlined', 'show_overlay', 'show_classes', 'show_sizes', 'show_ignored', 'pick_examples',
+           'show_warnings', 'show_report']
 
 # %% ../../nbs/16_data.report.ipynb #c64e2692
 import textwrap
@@ -31,10 +31,10 @@ from ..plots import COLOURS, colour_mask, drawn_name
 
 # %% ../../nbs/16_data.report.ipynb #461af53d
 def evenly(
-    count: int,  # how many there are
-    wanted: int | None,  # how many to take; None: all
+    count: int,  # of items
+    wanted: int | None,  # number of items to take; None: all
 ) -> list[int]:  # indices, in order, spread over 0..count-1
-    """Indices at even distances."""
+    """Choose indices at even distances."""
     if wanted is None or wanted >= count:
         return list(range(count))
     if wanted < 1:
@@ -46,14 +46,14 @@ def is_turned(
     data: Dataset,
     index: int,  # of a sample
 ) -> bool:  # False for datasets that are not made of image files
-    """Whether the EXIF note of a sample's image turns it."""
+    """Return whether the EXIF note of a sample's image turns it."""
     if isinstance(data, Subset):
         return is_turned(data.dataset, data.indices[index])
     return isinstance(data, FileSamples) and data.is_turned(index)
 
 
 class Counts(Dataset):
-    """For each sample, the number of pixels of every label; runs in the loader's worker processes."""
+    """The number of pixels of every label, by sample; computed in the worker processes of a loader."""
 
     def __init__(
         self,
@@ -66,12 +66,12 @@ class Counts(Dataset):
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[int, np.ndarray, tuple[int, ...], bool] | str:
-        "Index, pixels of each class and of 255 (C + 1,), (height, width), `is_turned`; or the sample's error."
+        "Return index, pixels of each class and of no class (C + 1,), (height, width), `is_turned`; or the error."
         try:
             sample = self.data[index]
             check_sample(sample)
             mask = remap_labels(sample.mask, self.lookup, sample.name)
-        except UserError as error:  # returned, not raised: it should not stop the others
+        except UserError as error:  # returned, not raised: the other samples are counted
             return str(error)
         counts = np.bincount(mask.numpy().ravel(), minlength=ignore_label(self.count) + 1)
         numbers = np.append(counts[: self.count], counts[-1]).astype(np.int32)
@@ -85,32 +85,32 @@ class Survey:
     labels: LabelSet
     total: int  # images in the whole dataset
     pixels: np.ndarray  # (C,) pixels of each class
-    images: np.ndarray  # (C,) images that show it
-    example: np.ndarray  # (C,) index of an image that shows it well; -1 if none does
+    images: np.ndarray  # (C,) images that show the class
+    example: np.ndarray  # (C,) index of an image that shows the class well; -1 if no image shows it
     ignored: np.ndarray  # (n,) share of pixels without a label, by image
     sizes: np.ndarray  # (n, 2) height and width
     turned: np.ndarray  # (n,) bool: whether an EXIF note turns the image
-    problems: tuple[str, ...]  # what is wrong with samples that could not be counted
+    problems: tuple[str, ...]  # errors of the samples that could not be counted
 
     @property
     def share(self) -> np.ndarray:
-        "Share of each class in the labelled pixels, (C,)."
+        "Return the share of each class in the labelled pixels, (C,)."
         return self.pixels / max(1, self.pixels.sum())
 
     @property
     def ignored_share(self) -> float:
-        "Share of all pixels that have no label."
+        "Return the share of all pixels that have no label."
         return 1 - float(self.pixels.sum() / self.sizes.prod(1).sum())
 
 # %% ../../nbs/16_data.report.ipynb #4a064469
 def count_samples(
     counts: Counts,
-    indices: list[int],  # which samples
+    indices: list[int],  # of the samples
     *,
     workers: int,  # processes that read; 0: this one
     progress: bool,  # whether to show a progress bar
-) -> list:  # what `counts` gives for each
-    """Go through a dataset, with worker processes."""
+) -> list:  # items of `counts`
+    """Count samples in worker processes."""
     options = {"batch_size": 16, "collate_fn": list, "num_workers": workers, "generator": torch.Generator()}
     loader, rows = DataLoader(counts, sampler=indices, **options), []  # the global generator stays as it is
     with tqdm(total=len(indices), desc="survey", unit="image", disable=not progress, leave=False) as bar:
@@ -122,9 +122,9 @@ def count_samples(
 # %% ../../nbs/16_data.report.ipynb #4847c773
 def survey(
     labels: LabelSet,  # C classes
-    data: Dataset,  # of `Sample`; masks with class ids and 255
+    data: Dataset,  # of `Sample`; masks with class ids and `ignore_label`
     *,
-    images: int | None = None,  # how many to look at, evenly spread; None: all
+    images: int | None = None,  # number of images to read, evenly spread; None: all
     workers: int = 0,  # processes that read; 0: this one
     progress: bool = True,  # whether to show a progress bar
 ) -> Survey:
@@ -145,14 +145,14 @@ def survey(
 def listed(
     names: list[str],
 ) -> str:  # at most eight of them
-    """Names in one line."""
+    """Join names into one line."""
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 # %% ../../nbs/16_data.report.ipynb #2fd25931
 def class_warnings(
     found: Survey,
 ) -> Iterator[str]:  # one line each
-    """What looks wrong in how often the classes occur."""
+    """List suspicious frequencies of classes."""
     labels, names = found.labels, found.labels.classes
     never = np.flatnonzero(found.images == 0).tolist()
     where = "" if len(found.sizes) == found.total else f" in {len(found.sizes):,} of {found.total:,} images"
@@ -172,7 +172,7 @@ def class_warnings(
 def is_binary(
     found: Survey,
 ) -> bool:
-    """Whether masks of 0 (background) and 255 (foreground) were saved: class 0 and 'no label' are all that occurs."""
+    """Return whether the masks hold 0 (background) and 255 (meant as foreground) only."""
     others = found.pixels[1:].sum() if 0 not in found.labels.unused_numbers else found.pixels.sum()
     return len(found.labels.classes) > 1 and others == 0 and 0 < found.ignored_share
 
@@ -207,9 +207,9 @@ def report_warnings(
 def early_warnings(
     labels: LabelSet,
     data: Dataset,  # of `Sample`, for training
-    images: int = 64,  # how many to look at; classes are judged only where these are all
+    images: int = 64,  # number of images to read; if there are more, missing classes are no warning
 ) -> list[str]:  # one line each
-    """Look at some samples before a training starts; raises `UserError` only if no sample at all can be used."""
+    """List suspicious properties of some samples, before a training; raises `UserError` if no sample can be used."""
     found = survey(labels, data, images=images, progress=False)
     return report_warnings(found) if len(data) <= images else list(sample_warnings(found))
 
@@ -217,35 +217,14 @@ def early_warnings(
 def common_sizes(
     found: Survey,
 ) -> list[tuple[tuple[int, int], int]]:  # ((width, height), number of images), commonest first
-    """How often each size occurs."""
+    """Count the images of each size."""
     return Counter((int(width), int(height)) for height, width in found.sizes).most_common()
-
-# %% ../../nbs/16_data.report.ipynb #4c1832e1
-def summary(
-    found: Survey,
-) -> dict:  # what `sptseg.core.save_json` can write; shares are between 0 and 1
-    """A survey as plain numbers."""
-    labels, (height, width) = found.labels, found.sizes.T
-    rows = zip(labels.classes, found.pixels.tolist(), found.share.tolist(), found.images.tolist(), strict=True)
-    return {
-        "label_set": labels.name,
-        "images": found.total,
-        "surveyed": len(found.sizes),
-        "unusable": list(found.problems),
-        "ignored_share": round(found.ignored_share, 6),
-        "width": [int(width.min()), int(width.max())],
-        "height": [int(height.min()), int(height.max())],
-        "commonest_size": list(common_sizes(found)[0][0]),
-        "unseen": [labels.classes[c] for c in labels.unseen],
-        "classes": {n: {"pixels": p, "share": round(a, 6), "images": k} for n, p, a, k in rows},
-        "warnings": report_warnings(found),
-    }
 
 # %% ../../nbs/16_data.report.ipynb #01b8d284
 def class_table(
     found: Survey,
 ) -> list[str]:  # a heading, then a line for each class
-    """Share of labelled pixels and number of images of every class."""
+    """List the share of labelled pixels and the number of images of every class."""
     names = [name + (" *" if c in found.labels.unseen else "") for c, name in enumerate(found.labels.classes)]
     width = max(len(name) for name in [*names, "class"])
     rows = zip(names, found.share, found.images, strict=True)
@@ -256,7 +235,7 @@ def class_table(
 def report_text(
     found: Survey,
 ) -> str:  # several lines
-    """A survey in words: how much there is, every class, and the warnings."""
+    """Describe a survey: sizes, every class, and the warnings."""
     labels, (height, width) = found.labels, found.sizes.T
     (common, times), count = common_sizes(found)[0], len(found.sizes)
     warnings = [f"WARNING: {warning}" for warning in report_warnings(found)] or ["no warnings"]
@@ -275,7 +254,7 @@ def name_places(
     num_classes: int,  # C
     least: float = 0.015,  # share of the image that a class must cover
 ) -> dict[int, tuple[int, int]]:  # class id → (row, column), furthest inside its region
-    """Where in a label map to write the names of its classes."""
+    """Find a place for the name of every class of a label map."""
     ids, counts = np.unique(mask, return_counts=True)
     places = {}
     for c in ids[(ids != ignore_label(num_classes)) & (counts >= least * mask.size)].tolist():
@@ -289,7 +268,7 @@ def outlined(
     mask: np.ndarray,  # (H, W) class ids, `ignore_label` where there is none
     names: Sequence[str],  # of the C classes
 ) -> np.ndarray:  # (H, W, 3) uint8
-    """An image in its own colours, with classes outlined in theirs; what has no label is darkened."""
+    """Outline the classes of an image in their colours, and darken pixels without a label."""
     labelled = (mask != ignore_label(len(names)))[..., None]
     edge = (ndimage.maximum_filter(mask, 3) != ndimage.minimum_filter(mask, 3))[..., None] & labelled
     paint = colour_mask(torch.from_numpy(mask), names)
@@ -301,7 +280,7 @@ def show_overlay(
     sample: Sample,  # image (3, H, W) and mask (H, W)
     labels: LabelSet,  # names of the classes
 ) -> None:
-    """An image with its labels outlined and their names written into them."""
+    """Draw an image with outlined classes and their names."""
     step = max(1, max(sample.mask.shape) // 250)  # enough for a small image
     image, mask = sample.image[:, ::step, ::step].permute(1, 2, 0).numpy(), sample.mask[::step, ::step].numpy()
     axis.imshow(outlined(image, mask, labels.classes))
@@ -318,7 +297,7 @@ def show_classes(
     axes: list[Axes],  # the classes are divided among them
     found: Survey,
 ) -> None:
-    """Bars: share of the labelled pixels. Points: share of the images."""
+    """Draw the share of the labelled pixels as bars and the share of the images as points."""
     count = len(found.labels.classes)
     share, images = 100 * found.share, 100 * found.images / len(found.sizes)
     lowest = max(1e-4, min(share[share > 0].min(initial=1), images[images > 0].min(initial=1)) / 2)
@@ -340,7 +319,7 @@ def show_sizes(
     axis: Axes,
     found: Survey,
 ) -> None:
-    """Widths and heights; a larger point is a commoner size."""
+    """Draw widths and heights; a larger point is a commoner size."""
     sizes = common_sizes(found)
     (width, height), times = np.array([size for size, _ in sizes]).T, np.array([count for _, count in sizes])
     axis.scatter(width, height, s=4 + 150 * times / times.sum(), alpha=0.5, edgecolors="none")
@@ -354,24 +333,24 @@ def show_ignored(
     axis: Axes,
     found: Survey,
 ) -> None:
-    """How much of each image has no label."""
+    """Draw a histogram of the share of unlabelled pixels."""
     axis.hist(100 * found.ignored, bins=np.linspace(0, 100, 26), color="grey")
     axis.axvline(100 * found.ignored_share, color="black", linewidth=0.8)
-    axis.set(xlabel="% of its pixels without a label", ylabel="images", xlim=(0, 100))
+    axis.set(xlabel="pixels without a label, %", ylabel="images", xlim=(0, 100))
     axis.set_title(f"ignored: {found.ignored_share:.1%} of all pixels")
 
 # %% ../../nbs/16_data.report.ipynb #77fa0d47
 def pick_examples(
     found: Survey,
-    count: int,  # how many images
+    count: int,  # number of images
 ) -> list[tuple[int, int]]:  # (class id, index of an image), unseen classes first
-    """Classes to show, half of them unseen if there are enough, with a different image for each."""
+    """Choose classes, half of them unseen if there are enough, and a different image for each."""
     unseen, seen = ([c for c in ids if found.example[c] >= 0] for ids in (found.labels.unseen, found.labels.seen))
     half = max(count // 2, count - len(seen)) if unseen else 0
     groups = ((unseen, half), (seen, count - half))
     chosen = [ids[i] for ids, wanted in groups for i in evenly(len(ids), max(1, wanted))]
     images: dict[int, int] = {}
-    for c in [*chosen, *unseen, *seen]:  # the last two fill up where an image would come twice
+    for c in [*chosen, *unseen, *seen]:  # the last two replace classes whose image is taken
         images.setdefault(int(found.example[c]), c)
     return [(c, index) for index, c in images.items()][:count]
 
@@ -380,7 +359,7 @@ def show_warnings(
     axis: Axes,
     found: Survey,
 ) -> None:
-    """The warnings, in red."""
+    """Write the warnings in red."""
     warnings = report_warnings(found)
     lines = [line for warning in warnings for line in textwrap.wrap(f"! {warning}", 52, subsequent_indent="   ")]
     text, colour = (drawn_name("\n".join(lines[:16])), "#C00000") if lines else ("nothing looks wrong", COLOURS[2])
@@ -393,9 +372,9 @@ def show_report(
     found: Survey,
     data: Dataset,  # that was surveyed
     *,
-    examples: int = 8,  # images with names written on them
+    examples: int = 8,  # number of images with names
 ) -> Figure:  # save it with `figure.savefig`
-    """Classes, sizes, ignored pixels, warnings, and images with the names of their classes."""
+    """Draw classes, sizes, ignored pixels, warnings, and images with the names of their classes."""
     names, picked = [drawn_name(name) for name in found.labels.classes], pick_examples(found, examples)
     count = len(names)
     columns = min(4, -(-count // 12))
