@@ -20,7 +20,7 @@ from pathlib import Path
 import shtab
 
 import sptseg
-from .core import UserError, parse_yaml, save_json, use_bar_lines, write_atomically
+from .core import UserError, parse_yaml, save_json, use_bar_lines
 
 # %% ../nbs/90_cli.ipynb #0f509382
 def parse_overrides(
@@ -136,7 +136,7 @@ def run_report(arguments: argparse.Namespace) -> int:
     """Report the content of a dataset."""
     from sptseg.data.benchmarks import load_benchmark
     from sptseg.data.report import report_text, show_report, survey
-    from sptseg.plots import use_style
+    from sptseg.plots import save_figure, use_style
 
     use_style()
     benchmark = load_benchmark(arguments.dataset, root=arguments.root, training=arguments.split == "train", size=96)
@@ -145,7 +145,7 @@ def run_report(arguments: argparse.Namespace) -> int:
     found = survey(benchmark.labels, data, **options)
     print(report_text(found))
     path, figure = arguments.out or Path(f"report-{arguments.dataset}-{arguments.split}.png"), show_report(found, data)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format=path.suffix[1:] or "png"))
+    save_figure(figure, path)
     print(f"figure: {path}")
     return 1 if found.problems else 0
 

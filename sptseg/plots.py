@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['COLOURS', 'STYLE', 'SYMBOL_FONTS', 'MISSING', 'COLOUR_WORDS', 'use_style', 'font_letters', 'add_fonts', 'drawn_name',
            'colours_by_name', 'label_palette', 'colour_mask', 'show_images', 'show_segmentations', 'plot_history',
-           'plot_class_iou', 'draw_class_bars']
+           'plot_class_iou', 'draw_class_bars', 'save_figure']
 
 # %% ../nbs/02_plots.ipynb #3a52839a
 import warnings
 from collections.abc import Sequence
 from colorsys import hls_to_rgb
 from functools import cache
+from io import BytesIO
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,9 +21,10 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from PIL import Image
 from torch import Tensor
 
-from .core import ignore_label
+from .core import ignore_label, write_atomically
 
 # %% ../nbs/02_plots.ipynb #24bccf2c
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000"]  # Okabe & Ito
@@ -252,3 +255,19 @@ def draw_class_bars(
     for index, (method, values) in enumerate(heights.items()):
         places = np.arange(len(values)) + (index - (len(heights) - 1) / 2) * width
         axis.bar(places, values, width, label=method)
+
+# %% ../nbs/02_plots.ipynb #5a7ef101
+def save_figure(
+    figure: Figure,
+    path: str | Path,  # written or replaced; its suffix names the format, and without one it is a PNG
+    dpi: int | None = None,  # pixels per inch; None: that of `STYLE`
+) -> Path:  # `path`
+    """Save a figure atomically as PNG, PDF or any other format of matplotlib."""
+    kind, dpi = Path(path).suffix[1:].lower() or "png", dpi or STYLE["savefig.dpi"]
+    if kind != "png":
+        undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
+        return write_atomically(path, lambda file: figure.savefig(file, format=kind, dpi=dpi, metadata=undated))
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    image = Image.open(buffer).convert("RGB")
+    return write_atomically(path, lambda file: image.save(file, format="png", optimize=True, dpi=(dpi, dpi)))

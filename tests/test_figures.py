@@ -19,29 +19,23 @@ from sptseg.core import IGNORE, UserError, save_json
 from sptseg.data.benchmarks import Benchmark
 from sptseg.data.label_sets import LabelSet
 from sptseg.data.transforms import Sample
+from sptseg.evaluation.metrics import mean_spread
 from sptseg.models.prompts import SpectralPrompt
+from sptseg.paper.features import filter_images, plot_filters, plot_selection, power_by_frequency, principal_map
 from sptseg.paper.figures import (
     COLUMN,
     PAGE,
     class_order,
-    filter_images,
     found_records,
-    largest_class,
-    mean_spread,
-    mixed_images,
     plot_ablations,
     plot_classes,
     plot_cost,
     plot_curves,
-    plot_filters,
-    plot_selection,
-    power_by_frequency,
-    principal_map,
     read_records,
     save_both,
     shared_evaluations,
-    square_sample,
 )
+from sptseg.paper.maps import largest_class, mixed_images, square_sample
 from sptseg.recipe import load_recipe
 from sptseg.training.loop import train
 

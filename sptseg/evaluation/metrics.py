@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['HEADLINE', 'class_iou', 'pixel_accuracy', 'harmonic_mean', 'Scores', 'scores_from_matrix', 'summarise', 'check_ids',
-           'counting_as_usual', 'SegmentationMetrics']
+           'counting_as_usual', 'SegmentationMetrics', 'mean_spread', 'spread_text']
 
 # %% ../../nbs/50_evaluation.metrics.ipynb #45d54676
 import math
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -151,3 +152,24 @@ class SegmentationMetrics:
         count = len(self.label_set.classes)
         matrix = self.confusion.compute().view(count, count)  # torchmetrics drops the axes of a single class
         return scores_from_matrix(matrix, self.label_set)
+
+# %% ../../nbs/50_evaluation.metrics.ipynb #3ea45901
+def mean_spread(
+    values: Sequence[float | None],  # one per run, percent; None or NaN for an undefined metric
+) -> tuple[float, float]:  # mean and standard deviation; NaN where undefined
+    """Compute mean and standard deviation over runs."""
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    return (
+        statistics.mean(known) if known else math.nan,
+        statistics.stdev(known) if len(known) > 1 else math.nan,
+    )
+
+
+def spread_text(
+    mean: float,  # percent
+    spread: float,  # standard deviation; NaN for a single run
+) -> str:  # "52.1 ± 0.8", without a line break inside; "n/a" for an undefined mean
+    """Write a mean with its spread."""
+    if math.isnan(mean):
+        return "n/a"
+    return f"{mean:.1f}" if math.isnan(spread) else f"{mean:.1f}\u00a0±\u00a0{spread:.1f}"

@@ -10,7 +10,7 @@ __all__ = ['Shapes', 'PLACEHOLDER', 'shapes_in', 'FourierShapes', 'record_shapes
 # %% ../../nbs/80_paper.diagram.ipynb #f246ee57
 import base64
 import re
-from functools import lru_cache, partial
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from ..data.glyphs import draw_scene
 from ..inference.windows import class_scores, resize_masks
 from ..models.clip import clip_config
 from ..models.hilo import WINDOW_SIZE
+from ..models.recording import recorded
 from ..models.segmenter import SEEN_BIAS, Segmenter, SegmenterConfig, build_segmenter
 
 # %% ../../nbs/80_paper.diagram.ipynb #03d716ed
@@ -68,16 +69,13 @@ def record_shapes(
     """Run a model once and record every shape."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
-    def note(module, inputs, outputs, name):
-        shapes.update({**shapes_in(f"{name} input", inputs), **shapes_in(name, outputs)})
+    def note(module, inputs, outputs):
+        return {**shapes_in(" input", inputs), **shapes_in("", outputs)}
 
-    handles = [module.register_forward_hook(partial(note, name=name)) for name, module in model.named_modules() if name]
-    try:
+    with recorded({name: module for name, module in model.named_modules() if name}, note) as calls:
         with FourierShapes() as fourier:
             masks = model(images, text)
-    finally:
-        for handle in handles:
-            handle.remove()
+    shapes |= {f"{name}{key}": shape for name, some in calls.items() for one in some for key, shape in one.items()}
     resized = resize_masks(masks, images.shape[-2:])
     labels = class_scores(resized).argmax(1)
     after = {"images": images, "text": text, "masks": masks, "resized": resized, "labels": labels}

@@ -7,7 +7,7 @@ __all__ = ['MODEL_KEYS', 'LATEX', 'MEASURES', 'checkout', 'Row', 'read_once', 'c
            'record_path', 'recipe_of_row', 'read_record', 'records_of', 'is_current', 'published_numbers', 'numbers_of',
            'row_numbers', 'table_numbers', 'best_rows', 'printed', 'table_frame', 'facts_of', 'origin_lines',
            'as_markdown', 'in_latex', 'as_latex', 'as_csv', 'write_table', 'clip_scores', 'model_cost',
-           'measure_missing', 'mean_and_spread', 'demo_table']
+           'measure_missing', 'demo_table']
 
 # %% ../../nbs/82_paper.tables.ipynb #694cae9e
 import json
@@ -26,7 +26,7 @@ import torch
 from ..core import UserError, asset_path, provenance, read_yaml, save_json, write_atomically
 from ..data.label_sets import load_label_set
 from ..evaluation.evaluate import eval_loader, evaluate, load_parts, training_free_predictor
-from ..evaluation.metrics import HEADLINE
+from ..evaluation.metrics import HEADLINE, mean_spread, spread_text
 from ..models.clip import load_clip
 from ..models.segmenter import SegmenterConfig, build_segmenter
 from ..recipe import RUNTIME_KEYS, Recipe, check_recipe, load_recipe
@@ -224,12 +224,12 @@ def row_numbers(
 ) -> dict:  # per column c: mean "c", "c std" over runs, and "published c"; NaN where there is none
     """Return a row as numbers."""
     records = records_of(row, seeds, root)
-    measured = pd.DataFrame([numbers_of(record) for record in records], columns=columns, dtype=float)
+    measured = [numbers_of(record) for record in records]
     published, line = published_numbers(row.published, root), {"section": row.section, "row": row.name}
     line |= {"note": row.note, "source": row.recipe or row.record}
     line["runs"] = len(records) if line["source"] else None
     for column in columns:
-        line |= {column: measured[column].mean(), f"{column} std": measured[column].std()}
+        line[column], line[f"{column} std"] = mean_spread([numbers[column] for numbers in measured])
         line[f"published {column}"] = math.nan if published.get(column) is None else published[column]
     return line
 
@@ -267,10 +267,10 @@ def printed(
         return "–"
     if pd.isna(numbers[column]):
         return "n/a" if percent and numbers["runs"] else "not measured"
-    spread = numbers.get(f"{column} std")
+    if percent:
+        return spread_text(numbers[column], numbers.get(f"{column} std", math.nan))
     digits = 2 if column.endswith(("images/s", "GiB")) else 4
-    mean = f"{numbers[column]:.1f}" if percent else f"{float(f'{numbers[column]:.{digits}g}'):g}"
-    return mean if spread is None or pd.isna(spread) else f"{mean}\u00a0±\u00a0{spread:.1f}"
+    return f"{float(f'{numbers[column]:.{digits}g}'):g}"
 
 # %% ../../nbs/82_paper.tables.ipynb #a7d7a4db
 def table_frame(
@@ -467,16 +467,6 @@ def measure_missing(
             written.append(save_json(root / f"data/results/{row.record}.json", record))
     return written
 
-# %% ../../nbs/82_paper.tables.ipynb #34cededb
-def mean_and_spread(
-    values: Sequence[float | None],  # one per run, in percent; None where a benchmark has no such number
-) -> str:  # for instance "52.1 ± 0.8"; one run has no spread
-    """Format mean and standard deviation over runs."""
-    if any(value is None for value in values):
-        return "n/a"
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean}\u00a0±\u00a0{statistics.stdev(values):.1f}"  # no line break inside
-
 # %% ../../nbs/82_paper.tables.ipynb #954bc424
 def demo_table(
     results: dict,  # content of the results file that `nbs/runs/demo.ipynb` writes
@@ -487,9 +477,8 @@ def demo_table(
         runs[name.rsplit(", seed ", 1)[0]].append(metrics)
     lines = ["| glyphs-20, % | " + " | ".join(HEADLINE) + " |", "|---|" + "---|" * len(HEADLINE)]
     for method, metrics in runs.items():
-        lines.append(
-            f"| {method} | " + " | ".join(mean_and_spread([m[name] for m in metrics]) for name in HEADLINE) + " |"
-        )
+        cells = [mean_spread([one[name] for one in metrics]) for name in HEADLINE]
+        lines.append(f"| {method} | {' | '.join(spread_text(*cell) for cell in cells)} |")
     seeds, recipe = results["seeds"], next(iter(results["recipes"].values()))
     minutes = statistics.mean(results["seconds"].values()) / 60
     lines += [
