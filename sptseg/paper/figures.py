@@ -234,7 +234,13 @@ def draw_classes(
     """Draw one column of classes; the methods lie side by side within a class."""
     shown, methods = [names[c] for c in part], list(dict.fromkeys(scores["method"]))
     colours, markers = zip(*(look_of(method, place) for place, method in enumerate(methods)), strict=True)
-    look = {"palette": list(colours), "markers": list(markers), "markersize": 2.8, "markeredgewidth": 0}
+    look = {
+        "palette": list(colours),
+        "markers": list(markers),
+        "markersize": 2.8,
+        "markeredgewidth": 0,
+        "clip_on": False,
+    }
     look |= {"errorbar": "sd", "err_kws": {"linewidth": 0.8}, "linestyle": "none", "dodge": 0.25 * (len(methods) - 1)}
     sns.pointplot(scores, x="IoU", y="class", order=shown, hue="method", hue_order=methods, ax=axis, **look)
     axis.set_yticks(range(len(part)), [drawn_name(names[c]) + (" *" if c in unseen else "") for c in part])
