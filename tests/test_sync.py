@@ -87,7 +87,7 @@ def test_the_python_block_of_the_readme_runs_as_it_stands(tmp_path):
     [block] = re.findall(r"^```python\n(.*?)^```", (sync.ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "labels.png").stat().st_size > 10_000
+    assert (tmp_path / "overlay.png").stat().st_size > 10_000
 
 
 def test_papermill_notebooks_are_committed_without_outputs():
