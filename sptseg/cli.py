@@ -13,6 +13,7 @@ import argparse
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -425,7 +426,8 @@ def main(
     arguments: Sequence[str] | None = None,  # without the program's name; None: from the command line
 ) -> int:  # exit status
     """Run a command."""
-    stderr = sys.stderr
+    stderr, formatted = sys.stderr, warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"sptseg: warning: {message}\n"  # without the line of code
     try:
         try:
             chosen = parse_arguments(arguments)
@@ -448,7 +450,7 @@ def main(
         print(f"sptseg: {str(stopped) or 'interrupted; the same command goes on'}", file=sys.stderr)
         return 130
     finally:
-        sys.stderr = stderr
+        sys.stderr, warnings.formatwarning = stderr, formatted
 
 
 if __name__ == "__main__" and "__file__" in globals():  # not when a notebook runs this cell

@@ -444,3 +444,13 @@ def test_bars_write_lines_where_stderr_is_no_terminal(row, capsys):
     assert main(["train", str(row), "--out", "run"]) == 0
     shown = capsys.readouterr().err
     assert "\r" not in shown and "2/2" in shown and not isinstance(sys.stderr, BarLines)
+
+
+def test_a_warning_is_one_line(tmp_path, capsys):
+    program = "import sys; from sptseg.cli import main; sys.exit(main(sys.argv[1:]))"
+    settings = ["iterations=4", "warmup_iterations=400", "tracker=none"]
+    command = [sys.executable, "-c", program, "train", "demo/smoke", "--quiet", *settings, "--out", str(tmp_path)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines()
+    [line] = [line for line in lines if "warmup_iterations" in line]
+    assert line.startswith("sptseg: warning: warmup_iterations 400: ")
+    assert not any("warnings.warn(" in line for line in lines)
