@@ -343,13 +343,13 @@ def as_markdown(
     frame: pd.DataFrame,  # of `table_frame`
     lines: Sequence[str],  # below the table
 ) -> str:
-    """Write a table in Markdown, with a row for the heading of each section."""
-    names, text = [name for name in frame.columns if name != "section"], []
+    """Write a table in Markdown; each section has its heading above a table of its own."""
+    names, parts = [name for name in frame.columns if name != "section"], []
+    head = [["" if name == "row" else name for name in names], ["---"] + ["--:"] * (len(names) - 1)]
     for section, rows in frame.groupby("section", sort=False):
-        text += [[f"*{section}*"] + [""] * (len(names) - 1)] if section else []
-        text += rows[names].to_numpy().tolist()
-    text = [["" if name == "row" else name for name in names], ["---"] + ["--:"] * (len(names) - 1), *text]
-    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in text), "", "\n\n".join(lines), ""])
+        text = [f"| {' | '.join(cells)} |" for cells in head + rows[names].to_numpy().tolist()]
+        parts += [f"**{section}**"] * bool(section) + ["\n".join(text)]
+    return "\n\n".join([*parts, *lines]) + "\n"
 
 # %% ../../nbs/82_paper.tables.ipynb #02c080df
 LATEX = {
