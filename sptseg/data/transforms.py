@@ -36,7 +36,7 @@ class Sample(NamedTuple):
 def check_sample(
     sample: Sample,  # as a dataset gave it
 ) -> None:
-    "Refuse an image or a mask of the wrong form, with a `UserError` that names the sample."
+    "Refuse an image or a mask of the wrong form; the `UserError` names the sample."
     image, mask, name = sample
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
         found = f"{tuple(image.shape)} {str(image.dtype).removeprefix('torch.')}"
@@ -53,7 +53,7 @@ def sample_generator(
     epoch: int,  # passes over the dataset before this one
     index: int,  # of the sample in the dataset
 ) -> Generator:  # the source of all random draws for this sample
-    "A random generator that depends on its three arguments only."
+    "Make a random generator that depends on the three arguments only."
     state = np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
@@ -79,7 +79,7 @@ def rescaled_size(
     size: tuple[int, int],  # (height, width) of the image
     scale: tuple[int, int],  # (short, long): the box that the result fits into
 ) -> tuple[int, int]:  # (height, width), aspect kept, rounded half up, at least 1
-    "Largest size of the same aspect inside a box (mmcv's `rescale_size`)."
+    "Compute the largest size of the same aspect inside a box (mmcv's `rescale_size`)."
     factor = min(scale[1] / max(size), scale[0] / min(size))
     return max(1, int(size[0] * factor + 0.5)), max(1, int(size[1] * factor + 0.5))
 
@@ -101,7 +101,7 @@ def resize_rows(
     first: int,  # first row that is wanted
     count: int,  # how many are wanted
 ) -> Tensor:  # (n, count, W)
-    "Some rows of an image that is resized to another height."
+    "Compute some rows of an image that is resized to another height."
     place = torch.arange(first, first + count, dtype=torch.float64).add_(0.5).mul_(image.shape[1] / height).sub_(0.5)
     above = place.clamp_(min=0).long()
     below = (above + 1).clamp_(max=image.shape[1] - 1)
@@ -113,7 +113,7 @@ def resize_image(
     size: tuple[int, int],  # (height, width)
     box: tuple[int, int, int, int] | None = None,  # (top, left, height, width) of the part that is wanted; None: all
 ) -> Tensor:  # (3, height, width) uint8, of the box if there is one
-    "Bilinear, half-pixel centres, without antialias."
+    "Resize bilinearly, with half-pixel centres and without antialias."
     top, left, height, width = box or (0, 0, *size)
     columns = (resize_rows(channel.mT.float(), size[1], left, width) for channel in image.split(1))
     return torch.cat([resize_rows(part.mT.contiguous(), size[0], top, height).round_().byte() for part in columns])
@@ -123,7 +123,7 @@ def resize_mask(
     mask: Tensor,  # (H, W) uint8
     size: tuple[int, int],  # (height, width)
 ) -> Tensor:  # (height, width) uint8
-    "Nearest neighbour: no new labels appear."
+    "Resize by nearest neighbour; no new labels appear."
     return F.resize(tv_tensors.Mask(mask), list(size)).as_subclass(Tensor)
 
 # %% ../../nbs/11_data.transforms.ipynb #0654a25b
@@ -132,7 +132,7 @@ def random_box(
     crop_size: int,  # side of the square crop, pixels
     generator: Generator,  # the source of the two draws
 ) -> tuple[int, int, int, int]:  # top, left, height, width
-    "Draw a box inside the image; no wider or higher than the image."
+    "Draw a box inside the image, at most as large as the image."
     corner = [int(torch.randint(max(side - crop_size, 0) + 1, (), generator=generator)) for side in size]
     return *corner, min(crop_size, size[0]), min(crop_size, size[1])
 
@@ -140,7 +140,7 @@ def random_box(
 def ignore_value(
     mask: Tensor,  # uint8, or int32 for labels of 16 bits
 ) -> int:  # 255 or 65535
-    "The label of a pixel without class, in a mask of this type."
+    "Return the label of a pixel without class, in a mask of this type."
     return IGNORE if mask.dtype == torch.uint8 else 65535
 
 
@@ -148,7 +148,7 @@ def is_varied(
     mask: Tensor,  # (h, w) uint8 labels of a crop
     cat_max_ratio: float,  # of the commonest class
 ) -> bool:  # True if the crop has two classes or more and none of them dominates
-    "Whether more than one class is there and the commonest covers less than `cat_max_ratio` of the labelled pixels."
+    "Check that the mask shows several classes and the commonest covers less than `cat_max_ratio` of the labels."
     ignore = ignore_value(mask)
     counts = torch.bincount(mask.flatten(), minlength=ignore + 1)[: ignore - 1]  # without the two special labels
     return bool((counts > 0).sum() > 1 and counts.max() / counts.sum() < cat_max_ratio)
@@ -160,7 +160,7 @@ def sample_crop_box(
     cat_max_ratio: float,  # of the commonest class
     generator: Generator,  # the source of all draws
 ) -> tuple[int, int, int, int]:  # top, left, height, width
-    "Draw boxes until one is varied; after ten failures the next is taken as it is."
+    "Draw boxes until one is varied; after ten failures, take the next one as it is."
     for _ in range(10):
         box = random_box(mask.shape, crop_size, generator)
         if is_varied(F.crop(mask, *box), cat_max_ratio):
@@ -171,7 +171,7 @@ def sample_crop_box(
 def rgb_to_hsv(
     image: Tensor,  # (3, H, W) uint8, RGB
 ) -> Tensor:  # (3, H, W) uint8: hue in half degrees 0..179, saturation, value
-    "RGB to HSV, equal to OpenCV's conversion of bytes (whole numbers below 2^24 are exact in float32)."
+    "Convert RGB to HSV exactly as OpenCV converts bytes (whole numbers below 2^24 are exact in float32)."
     red, green, blue = image.float().unbind(0)
     value = torch.maximum(torch.maximum(red, green), blue)
     delta = value - torch.minimum(torch.minimum(red, green), blue)
@@ -191,7 +191,7 @@ def rgb_to_hsv(
 def hsv_to_rgb(
     hsv: Tensor,  # (3, H, W) uint8: hue in half degrees, saturation, value
 ) -> Tensor:  # (3, H, W) uint8, RGB
-    "HSV to RGB, rounded to whole numbers."
+    "Convert HSV to RGB and round to whole numbers."
     hue, saturation, value = hsv.float().unbind(0)
     sector, saturation = hue / 30, saturation / 255
     missing = 2 - (sector - 3).abs(), (sector - 2).abs() - 1, (sector - 4).abs() - 1  # of red, green and blue
@@ -203,7 +203,7 @@ def scale_and_shift(
     scale: float = 1.0,  # α
     shift: float = 0.0,  # β
 ) -> Tensor:  # uint8: α x + β, cut off at 0 and 255, fraction dropped
-    "Linear change of byte values."
+    "Change byte values linearly."
     return (values.float() * scale).add_(shift).clamp_(0, 255).byte()
 
 # %% ../../nbs/11_data.transforms.ipynb #d1c9363f
@@ -211,7 +211,7 @@ def change_hsv(
     image: Tensor,  # (3, H, W) uint8, RGB
     change: Callable[[Tensor], object],  # changes (3, h, W) uint8, HSV, in place
 ) -> Tensor:  # (3, H, W) uint8, RGB
-    "Change an image in its HSV form, 64 rows at a time: so many fit into a processor's cache."
+    "Change an image in its HSV form, 64 rows at a time, which fit into a processor's cache."
     strips = [rgb_to_hsv(strip) for strip in image.split(64, 1)]
     for strip in strips:
         change(strip)
@@ -230,7 +230,7 @@ def shift_hue(
     image: Tensor,  # (3, H, W) uint8, RGB
     shift: int,  # δ, half degrees
 ) -> Tensor:  # (3, H, W) uint8, RGB
-    "Turn the colour circle."
+    "Rotate the hue."
     return change_hsv(image, lambda hsv: hsv[0].copy_((hsv[0].int() + shift) % 180))
 
 # %% ../../nbs/11_data.transforms.ipynb #43d56a9d
@@ -242,7 +242,7 @@ def photometric_distortion(
     saturation: tuple[float, float] = (0.5, 1.5),  # bounds of the factor
     hue: int = 18,  # largest shift, half degrees; drawn from -hue..hue-1
 ) -> Tensor:  # (3, H, W) uint8, RGB
-    "The four colour changes, each with probability ½ (mmsegmentation's PhotoMetricDistortion)."
+    "Apply the four colour changes, each with probability ½ (mmsegmentation's PhotoMetricDistortion)."
     if coin(generator):
         image = scale_and_shift(image, shift=uniform(-brightness, brightness, generator))
     contrast_first = coin(generator)
@@ -266,7 +266,7 @@ def normalise(
     mean: tuple[float, float, float] = IMAGENET_MEAN,  # per channel, 0..255
     std: tuple[float, float, float] = IMAGENET_STD,  # per channel, 0..255
 ) -> Tensor:  # (3, H, W) float32
-    "(x − mean) / std per channel."
+    "Compute (x − mean) / std per channel."
     return F.normalize(image.float(), list(mean), list(std))
 
 
@@ -288,7 +288,7 @@ class TrainTransform:
     crop_size: int = 512  # side of the result, pixels
     image_scale: tuple[int, int] = (512, 2048)  # (short, long) side at ratio 1, pixels
     ratio_range: tuple[float, float] = (0.5, 2.0)  # of the random size
-    cat_max_ratio: float = 0.75  # of the commonest class in a crop; above 1 takes every crop with two classes
+    cat_max_ratio: float = 0.75  # of the commonest class in a crop; a value above 1 accepts every crop with two classes
     flip: float = 0.5  # probability
     photometric: bool = True  # whether colours are changed
     mean: tuple[float, float, float] = IMAGENET_MEAN  # per channel, 0..255
@@ -318,7 +318,7 @@ class TrainTransform:
 # %% ../../nbs/11_data.transforms.ipynb #b754ac92
 @dataclass(frozen=True, kw_only=True)
 class EvalTransform:
-    "Bring the short side to a fixed length and normalise; the mask stays untouched."
+    "Resize the short side to a fixed length and normalise; the mask stays unchanged."
 
     short_side: int = 512  # pixels
     mean: tuple[float, float, float] = IMAGENET_MEAN  # per channel, 0..255
@@ -328,7 +328,7 @@ class EvalTransform:
     def __call__(
         self,
         image: Tensor,  # (3, H, W) uint8, RGB
-        mask: Tensor | None = None,  # (H, W) uint8; handed through
+        mask: Tensor | None = None,  # (H, W); returned unchanged
         generator: Generator | None = None,  # not used: nothing is drawn
     ) -> tuple[Tensor, Tensor | None]:  # (3, h, w) float32 with min(h, w) = short_side; `mask`
         height, width = image.shape[-2:]
@@ -337,13 +337,13 @@ class EvalTransform:
 
 # %% ../../nbs/11_data.transforms.ipynb #589d4a57
 class SegmentationData(Dataset):
-    """Samples of a dataset, with labels remapped and a transform applied."""
+    """Samples of a dataset, remapped and transformed."""
 
     def __init__(
         self,
         base: Dataset,  # gives a `Sample` for each index
         *,
-        lookup: Tensor,  # (256,) uint8, from `sptseg.data.label_sets.label_to_train_id`
+        lookup: Tensor,  # (256,) or (65536,), from `sptseg.data.label_sets.label_to_train_id`
         transform: TrainTransform | EvalTransform,  # called as transform(image, mask, generator)
         seed: int = 0,  # of the run
     ) -> None:
@@ -355,7 +355,7 @@ class SegmentationData(Dataset):
     def __getitem__(
         self,
         key: int | tuple[int, int],  # index, or (epoch, index): another epoch draws anew
-    ) -> Sample:  # image float32, mask uint8
+    ) -> Sample:  # image float32, mask of the table's type
         epoch, index = key if isinstance(key, tuple) else (0, key)
         sample = self.base[index]
         check_sample(sample)
