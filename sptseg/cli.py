@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SETTINGS_HELP', 'DATASETS', 'parse_overrides', 'default_folder', 'first_comment', 'run_train', 'run_recipes',
            'run_evaluate', 'run_prepare', 'run_convert_data', 'run_report', 'run_convert', 'run_check_reference',
-           'run_models', 'run_predict', 'no_setting', 'describe', 'add_run_commands', 'add_predict_commands',
-           'add_convert_command', 'add_data_commands', 'make_parser', 'parse_arguments', 'output_is_closed', 'main']
+           'run_models', 'chosen_names', 'run_predict', 'run_export', 'no_setting', 'describe', 'add_run_commands',
+           'add_model_arguments', 'add_predict_commands', 'add_export_command', 'add_convert_command',
+           'add_data_commands', 'make_parser', 'parse_arguments', 'output_is_closed', 'main']
 
 # %% ../nbs/90_cli.ipynb #485c49d5
 import argparse
@@ -182,16 +183,24 @@ def run_models(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def chosen_names(
+    arguments: argparse.Namespace,  # with classes and classes_file
+) -> tuple[str, ...] | None:  # None: those of the training
+    """Read the class names that were given."""
+    from sptseg.inference.folders import read_class_file
+    from sptseg.inference.predictor import parse_names
+
+    if arguments.classes is not None:
+        return parse_names(arguments.classes)
+    return None if arguments.classes_file is None else read_class_file(arguments.classes_file)
+
+
 def run_predict(arguments: argparse.Namespace) -> int:
     """Label images by class names."""
-    from sptseg.inference.folders import label_files, list_images, read_class_file
-    from sptseg.inference.predictor import load, parse_names
+    from sptseg.inference.folders import label_files, list_images
+    from sptseg.inference.predictor import load
 
-    images, names = list_images(arguments.images, arguments.out), None
-    if arguments.classes is not None:
-        names = parse_names(arguments.classes)
-    elif arguments.classes_file is not None:
-        names = read_class_file(arguments.classes_file)
+    images, names = list_images(arguments.images, arguments.out), chosen_names(arguments)
     model = load(arguments.model, arguments.device, clip_weights=arguments.clip_weights)
     query = model.query(names, arguments.threshold, arguments.seen_bias, arguments.template)
     options = {"scores": arguments.scores, "overwrite": arguments.overwrite, "progress": not arguments.quiet}
@@ -203,6 +212,21 @@ def run_predict(arguments: argparse.Namespace) -> int:
     print(f"labelled {len(outcome.labelled)} images{kept}{failed}")
     print(f"masks, overlays and legend.json: {arguments.out}")
     return 1 if outcome.failed else 0
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """Write a model to a file that runs without sptseg."""
+    from sptseg.app.export import check_target, export_model
+    from sptseg.inference.predictor import load
+
+    check_target(arguments.out, arguments.format)
+    names = chosen_names(arguments)
+    model = load(arguments.model, "cpu", clip_weights=arguments.clip_weights)
+    options = {"format": arguments.format, "open_vocabulary": arguments.open_vocabulary}
+    options |= {"seen_bias": arguments.seen_bias, "templates": arguments.template, "progress": not arguments.quiet}
+    print(export_model(model, arguments.out, names, **options))
+    print(f"done: {arguments.out}")
+    return 0
 
 # %% ../nbs/90_cli.ipynb #52e93ac5
 SETTINGS_HELP = "settings that replace the recipe's, for instance seed=1 iterations=200"
@@ -271,6 +295,20 @@ def add_run_commands(
         command.add_argument("--quiet", action="store_true", help="no progress bars")
 
 # %% ../nbs/90_cli.ipynb #90b10003
+def add_model_arguments(
+    command: argparse.ArgumentParser,
+) -> None:
+    """The model, the names and their options."""
+    command.add_argument("model", help="a shipped name, a run's folder, a file of weights, or an id on the Hub")
+    names = command.add_mutually_exclusive_group()
+    names.add_argument("--classes", help="names, separated by commas (default: those of the training)")
+    names.add_argument("--classes-file", type=Path, help="text file with one name a line")
+    command.add_argument("--seen-bias", type=float, help="subtracted from scores of names seen in training")
+    command.add_argument("--template", action="append", help="sentence with {} for the name; may be repeated")
+    command.add_argument("--clip-weights", type=Path, help="weights of the model's CLIP (default: as in the training)")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
 def add_predict_commands(
     commands: argparse._SubParsersAction,  # of the main parser
 ) -> None:
@@ -285,21 +323,34 @@ def add_predict_commands(
             "predict runs/voc photos/ --classes-file names.txt --threshold 0.3 --out labels",
         ),
     )
-    predict.add_argument("model", help="a shipped name, a run's folder, a file of weights, or an id on the Hub")
+    add_model_arguments(predict)
     predict.add_argument("images", nargs="+", type=Path, help="images, or folders of images")
     predict.add_argument("--out", type=Path, required=True, help="folder to write to")
-    names = predict.add_mutually_exclusive_group()
-    names.add_argument("--classes", help="names, separated by commas (default: those of the training)")
-    names.add_argument("--classes-file", type=Path, help="text file with one name a line")
     predict.add_argument("--threshold", type=float, help="pixels with a lower best score get no class (default: none)")
-    predict.add_argument("--seen-bias", type=float, help="subtracted from scores of names seen in training")
-    predict.add_argument("--template", action="append", help="sentence with {} for the name; may be repeated")
     predict.add_argument("--scores", action="store_true", help="write STEM-scores.npy, (classes, height, width), too")
     predict.add_argument("--overwrite", action="store_true", help="label everything again, replace other results")
     predict.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
-    predict.add_argument("--clip-weights", type=Path, help="weights of the model's CLIP (default: as in the training)")
-    predict.add_argument("--quiet", action="store_true", help="no progress bar")
     predict.set_defaults(command=run_predict)
+
+
+def add_export_command(
+    commands: argparse._SubParsersAction,  # of the main parser
+) -> None:
+    """`export`."""
+    export = commands.add_parser(
+        "export",
+        **describe(
+            "write a model to one file that runs without sptseg, and compare the file with the model",
+            'export spt-seg-glyphs --classes "red heart, green cat" --out model.onnx',
+            "export runs/voc --open-vocabulary --out model.pt2",
+        ),
+    )
+    add_model_arguments(export)
+    export.add_argument("--out", type=Path, required=True, help="file to write or replace: .onnx or .pt2")
+    formats = ("onnx", "torch-export")
+    export.add_argument("--format", choices=formats, help="format of the file (default: after the suffix)")
+    export.add_argument("--open-vocabulary", action="store_true", help="class embeddings are a second input")
+    export.set_defaults(command=run_export)
 
 # %% ../nbs/90_cli.ipynb #4efb1f83
 DATASETS = {  # a command: what it prepares
@@ -378,6 +429,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_run_commands(commands)
     add_predict_commands(commands)
+    add_export_command(commands)
     add_data_commands(commands)
     convert = commands.add_parser(
         "convert",

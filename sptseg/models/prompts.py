@@ -149,7 +149,7 @@ class MatmulSpectralPrompt(nn.Module):
         self.register_buffer("rows", dft_matrix(height))  # (2, h, h)
         self.register_buffer("columns", dft_matrix(width)[:, :half].contiguous())  # (2, V, w)
         self.register_buffer("inverse_rows", conjugate * self.rows / (height * width))
-        self.register_buffer("inverse_columns", (conjugate * self.columns).mT * count)  # (2, w, V)
+        self.register_buffer("inverse_columns", ((conjugate * self.columns).mT * count).contiguous())  # (2, w, V)
         filter = torch.view_as_real(prompt.spectrum(grid).detach())
         self.register_buffer("filter", filter.flatten(1, 2).movedim(-1, 0).contiguous())  # (2, h, V·D)
 
