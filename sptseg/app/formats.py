@@ -112,7 +112,7 @@ def write_onnx(
     onnx.save(path, external_data=False)
 
 
-NOTES_FILE = "sptseg.json"  # in the archive of a program
+NOTES_FILE = "notes.json"  # in the archive of a program
 
 
 def write_program(
