@@ -7,9 +7,7 @@ __all__ = ['convert_files', 'check_image', 'check_files', 'check_images']
 
 # %% ../../nbs/19_data.jobs.ipynb #7ae0c2d6
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,19 +17,14 @@ from pathlib import Path
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..core import UserError
+from ..core import UserError, end_with_parent
 from .preparation import missing_files
 
 # %% ../../nbs/19_data.jobs.ipynb #db740543
 def _start_worker() -> None:
     """Let a worker ignore Ctrl-C, and end with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def follow_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
+    end_with_parent()
 
 
 def _run_job(function: Callable[..., object], job: tuple) -> str:
