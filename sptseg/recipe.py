@@ -99,8 +99,9 @@ class Recipe(BaseModel):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     warmup_iterations: NonNegativeInt = 1500
     mixed_precision: Literal["no", "bf16"] = "no"
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     # how a batch is computed
+    device: Literal["cpu", "cuda", "mps"] | None = None  # None: a CUDA GPU if there is one, otherwise the CPU
     n_proc: PositiveInt = 1  # processes on this computer that share each batch, one GPU each if there are GPUs
     gradient_accumulation_steps: PositiveInt = 1  # micro-batches per process and batch: less memory
     gradient_checkpointing: bool = False  # recompute CLIP's blocks in the backward pass: less memory
@@ -133,8 +134,8 @@ class Recipe(BaseModel):
 
 # keys that do not affect the result: they may change when a run is resumed
 RUNTIME_KEYS = (
-    *("data_root", "workers", "n_proc", "gradient_accumulation_steps", "gradient_checkpointing", "deterministic"),
-    *("keep_checkpoints", "keep_final_checkpoints", "tracker"),
+    *("data_root", "workers", "device", "n_proc", "gradient_accumulation_steps", "gradient_checkpointing"),
+    *("deterministic", "keep_checkpoints", "keep_final_checkpoints", "tracker"),
 )
 
 # %% ../nbs/40_recipe.ipynb #5988f4e8

@@ -29,6 +29,7 @@ from .details import EvaluationDetails
 from .metrics import SegmentationMetrics
 from ..inference.windows import default_stride, predict_labels, resize_masks
 from ..models.clip import ClipModel, class_embeddings, load_clip, load_text_embeddings
+from ..models.device import choose_device
 from ..models.encoder import embed_patches
 from ..models.segmenter import SEEN_BIAS, FileNotes, Segmenter, load_segmenter, read_segmenter_file
 from ..recipe import Recipe, check_recipe, refuse_empty
@@ -238,7 +239,7 @@ def load_model(
         raise UserError(f"{weights}: was trained with other weights of clip ({hashes}); name those in clip_weights")
     if not same_dataset(notes, benchmark.labels, recipe.dataset):
         benchmark = without_split(benchmark)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(recipe.device)
     model = load_segmenter(weights, clip.visual, clip=recipe.clip, expected=recipe.segmenter_config()).to(device)
     biased = biased_classes(benchmark.labels, recipe.setting)
     return benchmark, model, segmenter_predictor(model, text.to(device), biased, recipe.seen_bias)

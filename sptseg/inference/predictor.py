@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['clean_names', 'parse_names', 'clean_templates', 'ClassList', 'NameEncoder', 'biased_names', 'shipped_models',
-           'find_model', 'complete_notes', 'matching_clip', 'EncodedImage', 'Query', 'check_number', 'choose_device',
-           'label_encoded', 'Predictor', 'load']
+           'find_model', 'complete_notes', 'matching_clip', 'EncodedImage', 'Query', 'check_number', 'label_encoded',
+           'Predictor', 'load']
 
 # %% ../../nbs/46_inference.predictor.ipynb #46a10002
 import difflib
@@ -36,6 +36,7 @@ from sptseg.inference.windows import (
     window_masks,
 )
 from ..models.clip import ClipModel, check_distinct, check_vocabulary, compute_class_embeddings, load_clip
+from ..models.device import choose_device
 from sptseg.models.segmenter import (
     SEEN_BIAS,
     FileNotes,
@@ -222,19 +223,6 @@ def check_number(
     if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
         raise UserError(f"{key}: {value!r} is not a number between {low} and {high}; correct it")
     return float(value)
-
-
-def choose_device(
-    device: str | torch.device | None,  # None: a GPU if there is one
-) -> torch.device:
-    """Choose where to compute; an unknown or absent device raises `UserError`."""
-    try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
-        reason = " ".join(str(error).split()).split(". ")[0][:100]
-        raise UserError(f"device: {device!r} cannot be used ({reason}); use cpu, or cuda with a GPU") from None
-    return chosen
 
 
 def label_encoded(

@@ -53,12 +53,13 @@ def make_axis(
     like: Tensor,  # gives dtype and device
 ) -> Axis:
     """The matrices of one axis."""
-    identity = torch.eye(grid, dtype=like.dtype, device=like.device)
+    device = "cpu" if like.device.type == "mps" else like.device  # Apple's GPU has no float64
+    identity = torch.eye(grid, dtype=like.dtype, device=device)
     resize = F.interpolate(identity[None], size, mode="linear", align_corners=False)[0].mT.double()
     add_midpoints = torch.cat([identity, (identity[1:] + identity[:-1]) / 2])
     parabola = torch.cat([resize * (2 * resize - 1), 4 * resize[:, 1:] * resize[:, :-1]], 1)
     matrices = (resize, blur_axis(resize, -2), add_midpoints, blur_axis(parabola, -2))
-    return Axis(*(matrix.to(like.dtype) for matrix in matrices))
+    return Axis(*(matrix.to(like.device, like.dtype) for matrix in matrices))
 
 
 def apply_separable(
