@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['IGNORE', 'UNSEEN', 'BYTE_CLASSES', 'ignore_label', 'unseen_label', 'UserError', 'error_text', 'nearest_name',
            'UniqueKeyLoader', 'parse_yaml', 'read_yaml', 'check_type', 'check_parameters', 'write_atomically',
-           'save_json', 'asset_path', 'import_extra', 'BarLines', 'use_bar_lines', 'git_commit', 'provenance']
+           'save_json', 'asset_path', 'import_extra', 'BarLines', 'use_bar_lines', 'end_with_parent', 'git_commit',
+           'provenance']
 
 # %% ../nbs/01_core.ipynb #f637660f
 import ast
 import difflib
 import importlib
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -244,6 +247,16 @@ def use_bar_lines() -> None:
     """Make progress bars write lines where stderr is not a terminal, as in a log file."""
     if not sys.stderr.isatty() and not isinstance(sys.stderr, BarLines):
         sys.stderr = BarLines(sys.stderr)
+
+# %% ../nbs/01_core.ipynb #c0de0802
+def end_with_parent() -> None:
+    """Exit when the process that started this one by `multiprocessing` ends, for whatever reason."""
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 # %% ../nbs/01_core.ipynb #7c3ecd9f
 def git_commit() -> str | None:  # for instance "1f3c2ab" or "1f3c2ab+changes"; None outside a git checkout
