@@ -6,10 +6,10 @@
 __all__ = ['RECIPE', 'INPUTS', 'WEIGHTS', 'BEST', 'RESULTS', 'INTERVAL_KEYS', 'START_KEYS', 'BatchSampler', 'train_loader',
            'set_iteration_seed', 'make_optimizer', 'has_state', 'check_recipe_of', 'file_sha256', 'check_continuation',
            'start_of', 'initial_segmenter', 'run_inputs', 'claim_folder', 'peak_memory', 'Run', 'compute_gradients',
-           'step', 'evaluation_is_due', 'save_state', 'write_state', 'best_evaluation', 'note_on_seen_classes',
-           'saved_on_error', 'training_batches', 'log_samples', 'figure_array', 'evaluate_run', 'save_weights',
-           'evaluate_now', 'record', 'determinism', 'make_accelerator', 'finish', 'stopped_text', 'saved_when_stopped',
-           'read_results', 'warn_if_slow', 'iterate', 'train_here', 'train']
+           'step', 'evaluation_is_due', 'save_state', 'write_state', 'ranking_metric', 'best_evaluation',
+           'note_on_seen_classes', 'saved_on_error', 'training_batches', 'log_samples', 'figure_array', 'evaluate_run',
+           'save_weights', 'evaluate_now', 'record', 'determinism', 'make_accelerator', 'finish', 'stopped_text',
+           'saved_when_stopped', 'read_results', 'warn_if_slow', 'iterate', 'train_here', 'train']
 
 # %% ../../nbs/62_training.loop.ipynb #a684fc48
 import hashlib
@@ -57,6 +57,7 @@ from sptseg.evaluation.evaluate import (
 )
 from ..evaluation.metrics import summarise
 from ..models.clip import ClipModel, load_clip
+from ..models.device import choose_device
 from ..models.segmenter import Segmenter, build_segmenter, load_segmenter, save_segmenter
 from ..plots import show_segmentations
 from sptseg.recipe import (
@@ -74,6 +75,7 @@ from .dead_start import dead_start_check
 from .launch import in_group, is_main, run_in_processes
 from .losses import pseudo_label, segmentation_loss
 from .mask_losses import present_classes
+from .settings import check_settings
 
 # %% ../../nbs/62_training.loop.ipynb #bd27f022
 class BatchSampler(Sampler):
@@ -283,7 +285,7 @@ def claim_folder(
 def peak_memory(
     device: torch.device,
 ) -> int:  # bytes
-    """The largest memory use so far: of the GPU, or of this process on a CPU."""
+    """The largest memory use so far: of an NVIDIA GPU, or of this process otherwise."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # does not exist on Windows
@@ -360,7 +362,7 @@ def compute_gradients(
 ) -> dict[str, float]:  # weighted losses, averaged over the batch, with their sum under "loss"
     """Forward and backward passes of one batch: sets the gradients and leaves the weights unchanged."""
     labels, parts, device = run.benchmark.labels, run.recipe.gradient_accumulation_steps, run.accelerator.device
-    images, label = (whole.to(device, non_blocking=True) for whole in (images, label))
+    images, label = (whole.to(device, non_blocking=device.type == "cuda") for whole in (images, label))
     images, label = images.chunk(parts), label.long().chunk(parts)
     text, masks = run.text[list(train_class_ids(labels, setting))], [None] * parts
     if setting == "transductive":
@@ -427,12 +429,20 @@ def write_state(
     save_checkpoint(run.out, run.done, tensors, run.optimizer, run.history, keep)
 
 
+def ranking_metric(
+    history: list[dict],  # evaluations, at least one
+    best_by: str,  # name of a metric
+) -> str:
+    """Return the metric, or mIoU if it is not available, as hIoU without unseen classes."""
+    return best_by if history[0][best_by] is not None else "mIoU"
+
+
 def best_evaluation(
     history: list[dict],  # evaluations, at least one
     best_by: str,  # name of a metric
 ) -> dict:
-    """The first evaluation with the highest value of a metric; by mIoU if the metric is not available."""
-    name = best_by if history[0][best_by] is not None else "mIoU"
+    """The first evaluation with the highest value of the ranking metric."""
+    name = ranking_metric(history, best_by)
     return max(history, key=lambda row: -math.inf if row[name] is None else row[name])
 
 
@@ -601,18 +611,20 @@ def make_accelerator(
     recipe: Recipe,
     out: Path,  # folder of the run; TensorBoard events go to its subfolder "tensorboard"
 ) -> Accelerator:
-    """Device, processes and tracker; without a GPU the CPU is used."""
-    tracker = recipe.tracker
+    """Device, processes and tracker."""
+    tracker, device = recipe.tracker, choose_device(recipe.device)
     if tracker != "none" and tracker not in map(str, get_available_trackers()):
         raise UserError(f"tracker: {tracker} is not installed; install it, or set tracker to tensorboard or none")
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
+        cpu=device.type == "cpu",
         mixed_precision="no",  # `Run.masks` applies it: evaluations stay in float32
         log_with=None if tracker == "none" else tracker,
         project_dir=out,
     )
     if accelerator.num_processes != (started := int(os.environ.get("WORLD_SIZE", 1))):
         raise RuntimeError(f"{started} processes were started, but {accelerator.num_processes} work together")
+    if accelerator.device.type != device.type:
+        raise RuntimeError(f"device {device} was chosen, but accelerate uses {accelerator.device}")
     settings = {name: value if isinstance(value, (int, float)) else str(value) for name, value in recipe}
     accelerator.init_trackers("tensorboard" if tracker == "tensorboard" else "sptseg", config=settings)
     return accelerator
@@ -628,7 +640,10 @@ def finish(
     results = {
         "metrics": {name: value for name, value in history[-1].items() if name != "iteration"},
         "reported": "last",
-        "best": {"by": recipe.best_by, **{name: value for name, value in best.items() if name != "IoU"}},
+        "best": {
+            "by": ranking_metric(history, recipe.best_by),
+            **{name: value for name, value in best.items() if name != "IoU"},
+        },
         "recipe": recipe.model_dump(mode="json"),
         "seconds": round(seconds, 1),
         "device": str(run.accelerator.device),
@@ -755,6 +770,8 @@ def train(
     if is_main():
         check_recipe_of(out, recipe)  # before the data are looked for
         benchmark, clip = benchmark_of(recipe), load_clip(recipe.clip, weights=recipe.clip_weights)
+        if not (out / RESULTS).exists():
+            check_settings(recipe, benchmark.labels)
         claim_folder(out, recipe, run_inputs(recipe, benchmark, clip))
         if not (out / RESULTS).exists():
             check_readable(benchmark.train, benchmark.val, progress=progress)
@@ -769,7 +786,7 @@ def train(
             tqdm.write(f"{out}: finished already, all {recipe.iterations} iterations")
         return read_results(out / RESULTS)
     if recipe.n_proc > 1 and not in_group():
-        if 0 < torch.cuda.device_count() < recipe.n_proc:
+        if recipe.device != "cpu" and 0 < torch.cuda.device_count() < recipe.n_proc:
             gpus = torch.cuda.device_count()
             raise UserError(
                 f"n_proc: {recipe.n_proc} processes need a GPU each, and {gpus} are here; use n_proc={gpus}"
