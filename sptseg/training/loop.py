@@ -779,7 +779,7 @@ def train(
                 warnings.warn(f"{recipe.data_root}: {text}", stacklevel=2)
         if (share := peak_rate_share(recipe)) < 0.5:
             reached = f"warmup_iterations {recipe.warmup_iterations}: the rate reaches only {share:.0%} of lr"
-            remedy = f"set warmup_iterations below {recipe.iterations // 10}, or train longer"
+            remedy = f"set warmup_iterations below {max(1, recipe.iterations // 10)}, or train longer"
             warnings.warn(f"{reached}; {remedy}", stacklevel=2)
     if (out / RESULTS).exists():
         if progress and is_main():
