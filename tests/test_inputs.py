@@ -185,13 +185,20 @@ def test_a_clip_with_other_weights_is_refused(tmp_path, home, capsys):
 
 def test_training_starts_from_given_weights(tmp_path, home):
     first = run(home, tmp_path / "first")
-    again = run(home, tmp_path / "again", init_from=str(tmp_path / "first" / WEIGHTS), lr=1e-9, weight_decay=0)
+    again = run(
+        home, tmp_path / "again", init_from=str(tmp_path / "first" / WEIGHTS), lr=1e-9, min_lr=1e-12, weight_decay=0
+    )
     assert again["inputs"]["init_from"].startswith(str(tmp_path / "first" / WEIGHTS))
     old, new = (load_file(tmp_path / name / WEIGHTS) for name in ("first", "again"))
     assert all((old[key] - new[key]).abs().max() < 1e-5 for key in old)
     assert first["metrics"]["pAcc"] == pytest.approx(again["metrics"]["pAcc"], abs=0.5)
     shutil.rmtree(tmp_path / "first")  # not needed any more
-    assert run(home, tmp_path / "again", init_from=str(tmp_path / "first" / WEIGHTS), lr=1e-9, weight_decay=0) == again
+    assert (
+        run(
+            home, tmp_path / "again", init_from=str(tmp_path / "first" / WEIGHTS), lr=1e-9, min_lr=1e-12, weight_decay=0
+        )
+        == again
+    )
 
 
 def test_unsuitable_initial_weights_are_refused(tmp_path, home):
@@ -222,7 +229,7 @@ def test_a_longer_run_takes_over_the_state_of_a_shorter_one(tmp_path, home):
     [
         ({"iterations": 4}, "ran for 4 iterations; raise iterations"),
         ({"iterations": 6, "lr": 1e-2}, r"another recipe \(lr\)"),
-        ({"iterations": 6, "setting": "transductive"}, r"another recipe \(setting\)"),
+        ({"iterations": 6, "num_prompts": 3}, r"another recipe \(num_prompts\)"),
         ({"iterations": 6, "init_from": "x.safetensors"}, "both are given"),
     ],
 )
