@@ -109,7 +109,7 @@ test: $(STAMP) ## check that all is in sync and formatted, run every notebook an
 	@echo "== 3/4 every notebook runs (nbdev_test)"
 	@OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --timing
 	@echo "== 4/4 pytest"
-	@$(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	@$(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 docs: $(STAMP) ## build the documentation site in _site/ and check its links
 	@$(PY) -c 'import mkdocs, material, latex2mathml' 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check -e '.[docs]'
