@@ -70,7 +70,7 @@ def error_text(
 
 # %% ../nbs/01_core.ipynb #c0re0001
 def nearest_name(
-    name: str,  # what was typed
+    name: str,  # as typed by the user
     names: Iterable[str],  # what exists
 ) -> str:  # "did you mean 'lr'?", or "" if no name is near
     """Suggest the name that was meant."""

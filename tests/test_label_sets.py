@@ -99,7 +99,7 @@ def test_voc_raw_values_reduce_by_one():
         ({"classes": ["cat"], "unseen": False}, "unseen: must be a list of names, found False; write [] for none"),
         ({"classes": ["cat"], "templates": None}, "templates: must be a list of names, found nothing"),
         ({"classes": {False: "cat"}}, "[False]"),
-        ({"classes": ["cat"], "name": False}, "name: False is no text"),
+        ({"classes": ["cat"], "name": False}, "name: False is not a string"),
         ({"classes": {65533: "cat"}}, "[65533]"),
         ({"classes": {"1": "cat"}}, "['1']"),
         ({"classes": {1: 2}}, "[2]"),

@@ -159,7 +159,7 @@ def parse_label_set(
     "Make a label set from a YAML mapping."
     if "raw_gaps" in content:
         raise UserError(
-            "raw_gaps: this key is no longer used; map the numbers in the masks to names, `classes: {1: cat, 2: dog}`"
+            "raw_gaps: this key was removed; map the numbers in the masks to names, `classes: {1: cat, 2: dog}`"
         )
     known = ("name", "classes", "unseen", "templates", "seen")
     if unknown := [key for key in content if key not in known]:
@@ -169,7 +169,7 @@ def parse_label_set(
     if "seen" in content:
         check_division(plain, seen, unseen)
     if type(name := content.get("name", default_name)) is not str or not name:
-        raise UserError(f"name: {name!r} is no text; put it in quotes, or leave the key out")
+        raise UserError(f"name: {name!r} is not a string; put it in quotes, or leave the key out")
     return LabelSet(
         name=name,
         classes=tuple(classes),
