@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sptseg.training.checkpoint import checkpoints
-from sptseg.training.loop import BEST, RESULTS, WEIGHTS
+from sptseg.training.run_folder import BEST, RESULTS, WEIGHTS
 
 SETTINGS = ["setting=transductive", "iterations=160", "checkpoint_every=1", "eval_every=5", "val_images=4"]
 

@@ -13,8 +13,10 @@ from sptseg.core import UserError
 from sptseg.data.benchmarks import load_benchmark
 from sptseg.data.integrity import check_readable, seems_complete
 from sptseg.recipe import check_recipe
+from sptseg.training.batches import BatchSampler
 from sptseg.training.checkpoint import checkpoints
-from sptseg.training.loop import RESULTS, WEIGHTS, BatchSampler, train
+from sptseg.training.loop import train
+from sptseg.training.run_folder import RESULTS, WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = {
@@ -172,7 +174,7 @@ def test_an_evaluation_alone_names_the_broken_image(root, tmp_path, capsys):
 
 
 def test_any_other_error_of_an_evaluation_saves_the_iterations_too(root, tmp_path, monkeypatch):
-    monkeypatch.setattr("sptseg.training.loop.evaluate", lambda *arguments: [].pop())
+    monkeypatch.setattr("sptseg.training.evaluations.evaluate", lambda *arguments: [].pop())
     with pytest.raises(IndexError):
         train(recipe(root), tmp_path, progress=False)
     assert torch.load(checkpoints(tmp_path)[0], weights_only=True)["iteration"] == 2

@@ -34,7 +34,7 @@ from sptseg.paper.complexity import (
     vit_b_16,
 )
 from sptseg.recipe import load_recipe
-from sptseg.training.loop import peak_memory
+from sptseg.training.run import peak_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL_SCALE = ROOT / "tests/reference/full_scale.json"

@@ -11,8 +11,9 @@ from sptseg.models.decoder import Decoder, kept_share, selections
 from sptseg.models.recording import recorded
 from sptseg.models.segmenter import METHODS, build_segmenter
 from sptseg.recipe import check_recipe
-from sptseg.training import loop
+from sptseg.training import run
 from sptseg.training.dead_start import CHECKED, dead_start_check, dead_start_text
+from sptseg.training.loop import train
 
 VISUAL = open_clip.transformer.VisionTransformer(32, 8, width=32, layers=2, heads=2, mlp_ratio=2, output_dim=16)
 TEXT = F.normalize(torch.randn(5, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
@@ -144,17 +145,17 @@ TINY = {
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_training_warns_once_at_its_start(tmp_path, monkeypatch, sign):
-    build = loop.build_segmenter
+    build = run.build_segmenter
 
     def turned(visual, config):
         model = build(visual, config)
         point_tokens(model.eval(), torch.rand(4, 3, 32, 32), [sign])
         return model.train()
 
-    monkeypatch.setattr(loop, "build_segmenter", turned)
+    monkeypatch.setattr(run, "build_segmenter", turned)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        results = loop.train(check_recipe(TINY), tmp_path, progress=False)
+        results = train(check_recipe(TINY), tmp_path, progress=False)
     said = [str(warning.message) for warning in caught if "task token" in str(warning.message)]
     assert len(said) == (sign == -1)
     losses = [row["loss"] for row in results["history"]["train"]]

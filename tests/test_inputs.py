@@ -19,7 +19,8 @@ from sptseg.core import UserError
 from sptseg.evaluation.evaluate import evaluate_weights, recipe_of_run
 from sptseg.recipe import check_recipe
 from sptseg.training.checkpoint import checkpoints
-from sptseg.training.loop import INPUTS, RECIPE, RESULTS, WEIGHTS, train
+from sptseg.training.loop import train
+from sptseg.training.run_folder import INPUTS, RECIPE, RESULTS, WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = {

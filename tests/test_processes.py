@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from sptseg.core import UserError
 from sptseg.recipe import check_recipe
 from sptseg.training.launch import run_in_processes
-from sptseg.training.loop import RESULTS, WEIGHTS, train
+from sptseg.training.loop import train
+from sptseg.training.run_folder import RESULTS, WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {

@@ -14,7 +14,9 @@ from sptseg.data.label_sets import LabelSet, load_label_set
 from sptseg.models.device import choose_device
 from sptseg.recipe import check_recipe
 from sptseg.training.checkpoint import checkpoints
-from sptseg.training.loop import RESULTS, WEIGHTS, best_evaluation, ranking_metric, train
+from sptseg.training.evaluations import best_evaluation, ranking_metric
+from sptseg.training.loop import train
+from sptseg.training.run_folder import RESULTS, WEIGHTS
 from sptseg.training.settings import check_settings, setting_problems
 
 pytestmark = pytest.mark.usefixtures("one_thread")

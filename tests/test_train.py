@@ -22,8 +22,11 @@ from sptseg.data.label_sets import SETTINGS
 from sptseg.evaluation.evaluate import evaluate_weights, load_parts, recipe_of_run, training_free_predictor
 from sptseg.models.clip import load_clip
 from sptseg.recipe import Recipe, check_recipe, learning_rate, load_recipe, phases, slow_run_warning
+from sptseg.training.batches import BatchSampler
 from sptseg.training.checkpoint import checkpoints
-from sptseg.training.loop import BEST, RESULTS, WEIGHTS, BatchSampler, best_evaluation, note_on_seen_classes, train
+from sptseg.training.evaluations import best_evaluation, note_on_seen_classes
+from sptseg.training.loop import train
+from sptseg.training.run_folder import BEST, RESULTS, WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {
@@ -117,7 +120,7 @@ def weights_with_masks(out, monkeypatch, change, **changes):
         return Benchmark(benchmark.labels, images, benchmark.val), *rest
 
     with monkeypatch.context() as patch:
-        patch.setattr("sptseg.training.loop.load_parts", changed_parts)
+        patch.setattr("sptseg.training.run.load_parts", changed_parts)
         return weights_of(out, iterations=6, **changes)
 
 
@@ -357,13 +360,13 @@ def test_learning_rates_of_the_protocol(iteration, expected):
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("method", ["zegclip", "zegclip+spt", "zegclip+sgd", "spt-seg"])
 def test_every_method_trains_in_every_setting(tmp_path, monkeypatch, method, setting):
-    computing, calls = sptseg.training.loop.segmentation_loss, []
+    computing, calls = sptseg.training.run.segmentation_loss, []
 
     def watch(masks, *rest, **options):
         calls.append(masks.shape[1])
         return computing(masks, *rest, **options)
 
-    monkeypatch.setattr("sptseg.training.loop.segmentation_loss", watch)
+    monkeypatch.setattr("sptseg.training.run.segmentation_loss", watch)
     results = train(tiny(method=method, setting=setting), tmp_path, progress=False)
     assert calls == {"inductive": [15, 15], "supervised": [20, 20], "transductive": [15, 20]}[setting]
     rows = results["history"]["train"]
@@ -406,7 +409,7 @@ def test_phases_share_the_iterations():
 def test_a_failing_evaluation_costs_no_iteration(tmp_path, monkeypatch):
     whole = weights_of(tmp_path / "whole", iterations=4, eval_every=2, checkpoint_every=4)
     with monkeypatch.context() as patch:
-        patch.setattr("sptseg.training.loop.evaluate_run", lambda run: 1 / 0)
+        patch.setattr("sptseg.training.evaluations.evaluate_run", lambda run: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             weights_of(tmp_path / "broken", iterations=4, eval_every=4, checkpoint_every=4)
         assert newest(tmp_path / "broken")["iteration"] == 4

@@ -27,7 +27,7 @@ from matplotlib.ticker import MaxNLocator
 from ..core import UserError
 from ..evaluation.metrics import mean_spread
 from ..plots import COLOURS, STYLE, drawn_name, save_figure
-from ..training.loop import read_results
+from ..training.run_folder import read_results
 
 # %% ../../nbs/83_paper.figures.ipynb #15e4bd44
 COLUMN, PAGE = 3.3, 6.9  # widths of a column and of a page, inches
