@@ -157,6 +157,8 @@ CROSS = {"sgd": SGDCross, "zegclip": ZegCLIPCross}  # the decoders by name
 class Decoder(nn.Module):
     """Compute one mask per class from class texts and patch embeddings (Eq. 4 to 9)."""
 
+    crosses = CROSS
+
     def __init__(
         self,
         *,
@@ -167,16 +169,17 @@ class Decoder(nn.Module):
         **options,  # further options of the cross-attention, such as `head_split`
     ):
         super().__init__()
-        if kind not in CROSS or num_layers < 1:
+        if kind not in self.crosses or num_layers < 1:
             raise UserError(
-                f"decoder: {kind!r} with {num_layers} layers; use one of {', '.join(CROSS)} and at least 1 layer"
+                f"decoder: {kind!r} with {num_layers} layers; use one of {', '.join(self.crosses)} and at least 1 layer"
             )
         options = {"width": width, "dropout": dropout, **options}
         self.query_projection = nn.Linear(2 * width, width)  # φ of Eq. 8
         self.layers = nn.ModuleList(
-            DecoderLayer(cross=CROSS[kind](**options), width=width, dropout=dropout) for _ in range(num_layers - 1)
+            DecoderLayer(cross=self.crosses[kind](**options), width=width, dropout=dropout)
+            for _ in range(num_layers - 1)
         )
-        self.last = CROSS[kind](updates_queries=False, **options)
+        self.last = self.crosses[kind](updates_queries=False, **options)
         for layer in self.layers:
             layer.load_state_dict(self.layers[0].state_dict())
             self.last.load_state_dict(layer.cross.state_dict(), strict=False)

@@ -1,0 +1,70 @@
+"""Optimal transport against numbers of the authors' code, and the properties that a plan must have."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from sptseg.models.transport import EPSILON, MAX_ROUNDS, THRESHOLD, Transport, TransportDecoder, TransportPlan, sinkhorn
+
+VECTORS = load_file(Path(__file__).parent / "reference_family/otseg_sinkhorn.safetensors")
+
+
+def relative(ours, reference):
+    return ((ours - reference).abs().max() / reference.abs().max()).item()
+
+
+@pytest.mark.parametrize("kind, rounds", [("easy", 17), ("hard", 100)])
+def test_plan_rounds_and_gradient_are_the_authors(kind, rounds):
+    cost = VECTORS[f"input.cost_{kind}"].requires_grad_()  # (problems, patches, templates)
+    plan, done = TransportPlan.apply(torch.exp(-cost.mT / EPSILON), "batch", MAX_ROUNDS, THRESHOLD)
+    (plan.mT * VECTORS[f"input.weights_{kind}"]).sum().backward()
+    assert done.tolist() == [rounds] * len(cost) == VECTORS[f"output.iterations_{kind}"].tolist() * len(cost)
+    assert relative(plan.mT, VECTORS[f"output.plan_{kind}"]) < 1e-5
+    assert relative(cost.grad, VECTORS[f"output.grad.cost_{kind}"]) < 1e-5
+
+
+@pytest.mark.parametrize("stop", ["image", "batch"])
+def test_gradient_is_that_of_automatic_differentiation(stop):
+    torch.manual_seed(0)
+    kernel = torch.exp((torch.rand(3, 2, 4, 9, dtype=torch.float64) - 1) / EPSILON).requires_grad_()
+    options, weights = (stop, MAX_ROUNDS, THRESHOLD), torch.randn(3, 2, 4, 9, dtype=torch.float64)
+    plan, done = TransportPlan.apply(kernel, *options)
+    a, history, _ = sinkhorn(kernel, *options)
+    assert len(set(done.tolist())) == (1 if stop == "batch" else 3), "the case has images that stop at different rounds"
+    [ours] = torch.autograd.grad((plan * weights).sum(), kernel)
+    [automatic] = torch.autograd.grad((history[-1] * kernel * a * weights).sum(), kernel)
+    assert torch.allclose(ours, automatic, rtol=1e-9, atol=0)
+
+
+def test_marginals_and_a_fixed_number_of_rounds():
+    kernel = torch.exp((torch.rand(2, 3, 4, 25, generator=torch.Generator().manual_seed(1)) - 1) / EPSILON)
+    plan, done = TransportPlan.apply(kernel, "image", 7, 0)
+    assert done.tolist() == [7, 7]
+    assert torch.allclose(plan.sum(-1), torch.tensor(1 / 4), rtol=1e-5), "the scale that is matched last is exact"
+    converged, _ = TransportPlan.apply(kernel, "image", 100, 0)
+    assert torch.allclose(converged.sum(-2), torch.tensor(1 / 25), rtol=1e-3)
+
+
+def test_an_image_does_not_depend_on_its_batch_unless_asked():
+    queries, patches = torch.randn(3, 2, 4, 8), torch.randn(3, 30, 8)
+    together, alone = Transport()(queries, patches), Transport()(queries[1:2], patches[1:2])
+    assert alone[2] == together[2][1] and torch.allclose(together[1][1:2], alone[1], rtol=1e-4, atol=1e-9)
+    assert Transport(stop="batch")(queries, patches)[2].unique().numel() == 1
+
+
+def test_mixed_precision_leaves_the_transport_in_float32():
+    queries, patches = torch.randn(1, 2, 4, 8), torch.randn(1, 30, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        score, plan, _ = Transport()(queries, patches)
+    assert score.dtype == plan.dtype == torch.float32 and torch.equal(score, Transport()(queries, patches)[0])
+
+
+def test_one_layer_and_equal_templates():
+    decoder, text = TransportDecoder(width=8, num_layers=1).eval(), F.normalize(torch.randn(3, 1, 8), dim=-1)
+    patches, cls = F.normalize(torch.randn(2, 8, 4, 5), dim=1), F.normalize(torch.randn(2, 8), dim=-1)
+    assert decoder(patches, cls, text).shape == (2, 3, 4, 5)
+    four = decoder(patches, cls, text.expand(3, 4, 8))
+    assert torch.allclose(four, 4 * decoder(patches, cls, text), atol=1e-4), "equal templates share the patches equally"
