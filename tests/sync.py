@@ -58,7 +58,7 @@ def notebook_map(root: Path) -> str:
 
 def demo_results(root: Path) -> str:
     """The table of the demo, from its record, by the code under `root`."""
-    program = "import json, sys; from sptseg.paper.tables import demo_table; print(demo_table(json.load(sys.stdin)))"
+    program = "import json, sys; from sptseg.paper.formats import demo_table; print(demo_table(json.load(sys.stdin)))"
     record = (root / "data/results/demo/demo.json").read_text(encoding="utf-8")
     command = [sys.executable, "-W", "ignore", "-c", program]
     done = subprocess.run(command, cwd=root, input=record, capture_output=True, text=True)

@@ -12,7 +12,7 @@ import yaml
 
 from sptseg.core import UserError, save_json
 from sptseg.evaluation.metrics import HEADLINE
-from sptseg.paper import tables
+from sptseg.paper import formats, tables
 from sptseg.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,7 +118,7 @@ def test_mean_spread_and_what_was_not_measured(root):
     add_record(root, "table2/glyphs-20/spt", 1, 42.04)
     add_record(root, "table2/glyphs-20/sgd", 0, None)
     add_record(root, "table1/glyphs-20/spt-seg", 0, 99.0, iterations=1)
-    frame = tables.table_frame("table2", "glyphs-20", range(3), root, mark="<{}>")
+    frame = formats.table_frame("table2", "glyphs-20", range(3), root, mark="<{}>")
     assert frame["hIoU, %"].tolist() == ["<42.0\u00a0±\u00a02.0>", "<42.0>", "n/a", "not measured"]
     assert frame["runs"].tolist() == ["3", "1", "1", "0"]
     assert frame["published hIoU, %"].tolist() == ["84.3", "89.6", "85.5", "90.1"]
@@ -129,7 +129,7 @@ def test_mean_spread_and_what_was_not_measured(root):
 def test_the_best_is_sought_in_each_section(root):
     for name, value in {"zegclip": 50.0, "spt-seg": 60.0, "zegclip-supervised": 70.0}.items():
         add_record(root, f"table1/glyphs-20/{name}", 0, value)
-    frame = tables.table_frame("table1", "glyphs-20", [0], root, mark="<{}>").set_index("row")["hIoU, %"]
+    frame = formats.table_frame("table1", "glyphs-20", [0], root, mark="<{}>").set_index("row")["hIoU, %"]
     assert frame["SPT-SEG"].tolist() == ["<60.0>", "not measured"] and frame["ZegCLIP"].tolist()[0] == "50.0"
     assert frame["ZegCLIP*"] == "70.0", "nothing to choose from"
     assert frame["SPNet"] == "–" and frame["CLIP (nothing is trained)"] == "not measured"
@@ -140,14 +140,14 @@ def test_files_say_where_they_come_from_and_stay_the_same(bench, table, root):
     for recipe in tables.recipes_of([table], bench, root)[:2]:
         for seed in (0, 1):
             add_record(root, recipe, seed, 50 + seed / 3)
-    paths = tables.write_table(table, bench, [0, 1], root / "figures", root)
+    paths = formats.write_table(table, bench, [0, 1], root / "figures", root)
     assert [path.name for path in paths] == [f"{bench}-{table}.{ending}" for ending in ("md", "csv", "tex")]
     trained = bool(tables.recipes_of([table], bench, root))
     facts = [f"make {table} BENCH={bench}", *(["seeds 0, 1", "1f3c2ab", "SEEDS=2"] if trained else [])]
     for path in paths:
         assert all(fact in path.read_text() for fact in facts), path.name
     before = [path.read_bytes() for path in paths]
-    assert [path.read_bytes() for path in tables.write_table(table, bench, [0, 1], root / "figures", root)] == before
+    assert [path.read_bytes() for path in formats.write_table(table, bench, [0, 1], root / "figures", root)] == before
 
     markdown, csv, latex = (path.read_text() for path in paths)
     widths = {line.count("|") for line in markdown.splitlines() if line.startswith("|")}
@@ -163,7 +163,7 @@ def test_files_say_where_they_come_from_and_stay_the_same(bench, table, root):
 
 def test_other_seeds_are_named_in_the_command(root):
     for seeds, named in {(0,): "SEEDS=1`", (0, 2): "SEEDS=0,2`", (4,): "SEEDS=4,`"}.items():
-        assert named in tables.origin_lines("table2", "voc", seeds, root)[0]
+        assert named in formats.origin_lines("table2", "voc", seeds, root)[0]
 
 
 @pytest.mark.parametrize(("table", "bench"), [("table9", "voc"), ("table1", "ade20k"), ("table2", "coco")])
@@ -183,7 +183,9 @@ def test_what_needs_no_training_is_measured_once(root, monkeypatch):
     monkeypatch.setitem(tables.MEASURES, "clip-scores", scores)
     [written] = tables.measure_missing("table1", "glyphs-20", root)
     assert tables.measure_missing("table1", "glyphs-20", root) == [] and len(calls) == 1
-    assert tables.table_frame("table1", "glyphs-20", [0], root).set_index("row")["hIoU, %"]["CLIP (nothing is trained)"]
+    assert formats.table_frame("table1", "glyphs-20", [0], root).set_index("row")["hIoU, %"][
+        "CLIP (nothing is trained)"
+    ]
     record = json.loads(written.read_text())
     save_json(written, record | {"recipe": record["recipe"] | {"iterations": 7}})
     assert tables.measure_missing("table1", "glyphs-20", root) == [], "CLIP is not trained"
@@ -200,7 +202,7 @@ def test_efficiency_shows_the_published_counts():
         assert abs(ours + left_out - theirs) < 0.06, column
     costs = numbers["multiply-adds, G"]
     assert costs["CLIP"] < costs["ZegCLIP"] < costs["SPT-SEG"]
-    shown = tables.table_frame("efficiency", "voc", [], ROOT).set_index("row")
+    shown = formats.table_frame("efficiency", "voc", [], ROOT).set_index("row")
     assert shown["training, images/s"]["CLIP (nothing is trained)"] == "–", "nothing to measure"
     assert shown["test, images/s"].astype(float).gt(0).all()
 
