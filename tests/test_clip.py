@@ -16,17 +16,13 @@ from sptseg.data.label_sets import LabelSet, load_label_set
 from sptseg.models import clip as clip_module
 from sptseg.models import weights as weights_module
 from sptseg.models.clip import (
-    SCENE_TEMPLATES,
-    SINGLE_TEMPLATE,
     ClipModel,
-    cache_file,
-    class_embeddings,
     fetch_weights,
     fingerprint,
     interpolate_position_embedding,
     load_clip,
-    load_text_embeddings,
 )
+from sptseg.models.text import SCENE_TEMPLATES, SINGLE_TEMPLATE, cache_file, class_embeddings, load_text_embeddings
 from sptseg.models.weights import ScriptedModule, module_tensors, read_weights
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -102,6 +98,41 @@ def test_the_cache_key_depends_on_weights_templates_and_names_only(tiny):
     ]
     assert len(set(files)) == 4
     assert cache_file(tiny, LabelSet("renamed", PETS.classes, (1,), PETS.templates)) == files[0]
+
+
+def test_templates_kept_apart_have_a_key_of_their_own_and_average_to_the_class_embeddings(tiny, tmp_path):
+    averaged, apart = (class_embeddings(tiny, PETS, cache_dir=tmp_path, apart=kind) for kind in (False, True))
+    assert apart.shape == (3, len(SCENE_TEMPLATES), tiny.embed_dim) and averaged.shape == (3, tiny.embed_dim)
+    assert torch.equal(F.normalize(apart.mean(1), dim=-1), averaged)
+    for kind, first in ((False, averaged), (True, apart)):
+        assert torch.equal(class_embeddings(tiny, PETS, cache_dir=tmp_path, apart=kind), first), "from the cache"
+    assert cache_file(tiny, PETS, tmp_path) != cache_file(tiny, PETS, tmp_path, apart=True)
+
+
+def test_templates_that_cannot_be_compared_are_refused(tiny):
+    for templates, message in ((("a {}.",), "the only one"), (("a {}.", "the {}.", "a {}."), "'a {}.' and 'a {}.'")):
+        labels = LabelSet("pets", PETS.classes, templates=templates)
+        with pytest.raises(UserError, match=message):
+            class_embeddings(tiny, labels, apart=True)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pth"])
+def test_embeddings_by_template_from_a_file(tmp_path, suffix):
+    array, file = np.random.default_rng(0).normal(size=(3, 15, 128)).astype(np.float16), tmp_path / f"text{suffix}"
+    np.save(file, array) if suffix == ".npy" else torch.save(torch.from_numpy(array), file)
+    loaded = load_text_embeddings(file, PETS, 128, apart=True)
+    assert torch.allclose(loaded, F.normalize(torch.from_numpy(array).float(), dim=-1))
+    for wrong in (LabelSet("pets", PETS.classes), LabelSet("more", (*PETS.classes, "x"), templates=SCENE_TEMPLATES)):
+        with pytest.raises(UserError, match=r"holds \(3, 15, 128\) float"):
+            load_text_embeddings(file, wrong, 128, apart=True)
+    with pytest.raises(UserError, match="needs one row of floats for each of 3 classes$"):
+        load_text_embeddings(file, PETS, 128)
+
+
+def test_a_file_of_several_tensors_is_no_array(tmp_path):
+    torch.save({"text": torch.zeros(3, 128)}, tmp_path / "text.pth")
+    with pytest.raises(UserError, match="does not hold one tensor"):
+        load_text_embeddings(tmp_path / "text.pth", PETS)
 
 
 def test_a_damaged_cache_file_is_replaced(tiny, tmp_path):

@@ -28,10 +28,11 @@ from ..data.transforms import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, Segmen
 from .details import EvaluationDetails
 from .metrics import SegmentationMetrics
 from ..inference.windows import default_stride, predict_labels, resize_masks
-from ..models.clip import ClipModel, class_embeddings, load_clip, load_text_embeddings
+from ..models.clip import ClipModel, load_clip
 from ..models.device import choose_device
 from ..models.encoder import embed_patches
 from ..models.segmenter import SEEN_BIAS, FileNotes, Segmenter, load_segmenter, read_segmenter_file
+from ..models.text import class_embeddings, load_text_embeddings
 from ..recipe import Recipe, check_recipe, refuse_empty
 
 # %% ../../nbs/51_evaluation.evaluate.ipynb #f60046c9

@@ -35,7 +35,7 @@ from sptseg.inference.windows import (
     scores_from_masks,
     window_masks,
 )
-from ..models.clip import ClipModel, check_distinct, check_vocabulary, compute_class_embeddings, load_clip
+from ..models.clip import ClipModel, load_clip
 from ..models.device import choose_device
 from sptseg.models.segmenter import (
     SEEN_BIAS,
@@ -45,6 +45,7 @@ from sptseg.models.segmenter import (
     load_segmenter,
     read_segmenter_file,
 )
+from ..models.text import check_distinct, check_vocabulary, compute_class_embeddings
 
 # %% ../../nbs/46_inference.predictor.ipynb #46a10005
 def clean_names(
@@ -96,13 +97,14 @@ class NameEncoder:
         self,
         clip: ClipModel,
         known: ClassList,  # the training's classes
-        embeddings: Tensor | None = None,  # (C, d) of `known`, unit-norm; None: compute them
+        embeddings: Tensor | None = None,  # (C, d) or (C, T, d) of `known`, unit-norm; None: compute them
+        apart: bool = False,  # keep the templates apart
     ):
         rows = [] if embeddings is None else embeddings.cpu()
-        self.clip, self.lists = clip, {}
+        self.clip, self.apart, self.lists = clip, apart, {}
         self.rows = {(name, known.templates): row for name, row in zip(known.classes, rows, strict=False)}
 
-    def __call__(self, wanted: ClassList) -> Tensor:  # (C, d) unit-norm, on the CPU
+    def __call__(self, wanted: ClassList) -> Tensor:  # (C, d) or (C, T, d) unit-norm, on the CPU
         """Embed names; unknown words, and names that CLIP cannot tell apart, raise `UserError`."""
         if wanted in self.lists:
             return self.lists[wanted]
@@ -110,7 +112,7 @@ class NameEncoder:
         if new := tuple(name for name in wanted.classes if (name, key) not in self.rows):
             part = ClassList(new, key)
             check_vocabulary(self.clip, part)
-            rows = compute_class_embeddings(self.clip, part).cpu()
+            rows = compute_class_embeddings(self.clip, part, self.apart).cpu()
             self.rows |= {(name, key): row for name, row in zip(new, rows, strict=True)}
         text = check_distinct(torch.stack([self.rows[name, key] for name in wanted.classes]), wanted, self.clip.name)
         self.lists = {wanted: text}  # the newest list, which is often asked for again
