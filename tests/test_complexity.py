@@ -22,17 +22,13 @@ from sptseg.paper.complexity import (
     conventions,
     count_by_torch,
     count_operations,
-    count_step,
     count_values,
     leftover_modules,
-    measure_training,
     part_of,
-    product_rate,
-    random_images,
     release_detours,
-    train_step,
     vit_b_16,
 )
+from sptseg.paper.speed import count_step, measure_training, product_rate, random_images, train_step
 from sptseg.recipe import load_recipe
 from sptseg.training.run import peak_memory
 

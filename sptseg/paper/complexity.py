@@ -6,33 +6,27 @@
 __all__ = ['OPERATION_KINDS', 'FVCORE_KINDS', 'ELEMENTWISE', 'RULES', 'FREE', 'PARTS', 'vit_b_16', 'leftover_modules',
            'count_values', 'ImageScores', 'PlainCLIP', 'shape_of', 'attention_rule', 'fourier_rule', 'elementwise_rule',
            'filter_computed_before', 'count_operations', 'conventions', 'release_detours', 'cpu_attention',
-           'cpu_attention_backward', 'torch_counter', 'count_by_torch', 'part_of', 'by_part', 'timed', 'random_images',
-           'train_step', 'measure_training', 'count_step', 'product_rate']
+           'cpu_attention_backward', 'torch_counter', 'count_by_torch', 'part_of', 'by_part']
 
 # %% ../../nbs/81_paper.complexity.ipynb #dd1242e9
 import math
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from fvcore.nn import FlopCountAnalysis
 from open_clip.transformer import QuickGELU, VisionTransformer
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ..data.files import FileSamples
 from ..inference.windows import resize_masks
 from ..models.encoder import PromptedEncoder
 from ..models.hilo import head_split
 from ..models.prompts import DeepPrompts
 from ..models.segmenter import Segmenter, SegmenterConfig
-from ..training.losses import segmentation_loss
 
 # %% ../../nbs/81_paper.complexity.ipynb #32581d12
 def vit_b_16() -> VisionTransformer:
@@ -300,104 +294,3 @@ def by_part(
     parts = table.groupby(table.index.map(part_of)).sum()
     sums = parts.apply(conventions, axis=1)
     return parts.join(sums).reindex([part for part in dict.fromkeys(PARTS.values()) if part in parts.index])
-
-# %% ../../nbs/81_paper.complexity.ipynb #6e00dc22
-def timed(
-    function: Callable[[], object],
-    device: torch.device,
-) -> tuple[object, float]:  # result and seconds
-    """Time a function until the device has finished."""
-    start = time.perf_counter()
-    result = function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return result, time.perf_counter() - start
-
-# %% ../../nbs/81_paper.complexity.ipynb #33a14ee8
-def random_images(
-    root: Path,  # folder to fill with JPEGImages/*.jpg and SegmentationClassAug/*.png
-    count: int,
-    *,
-    size: tuple[int, int] = (375, 500),  # (height, width), pixels; VOC's most frequent one
-    num_classes: int,  # C
-    seed: int = 0,
-) -> FileSamples:
-    """Write random images and masks in the layout of a dataset."""
-    rng, pairs = np.random.default_rng(seed), []
-    for index in range(count):
-        coarse = rng.integers(0, num_classes, (4, 5), dtype=np.uint8)
-        mask = Image.fromarray(coarse).resize(size[::-1], Image.Resampling.NEAREST)
-        noise = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
-        pair = root / f"JPEGImages/{index:06d}.jpg", root / f"SegmentationClassAug/{index:06d}.png"
-        for path, content in zip(pair, (noise, mask), strict=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            content.save(path)
-        pairs.append(pair)
-    return FileSamples(images=[image for image, _ in pairs], masks=[mask for _, mask in pairs])
-
-# %% ../../nbs/81_paper.complexity.ipynb #b501d859
-def train_step(
-    model: Segmenter,
-    optimiser: torch.optim.Optimizer,
-    batch: tuple[Tensor, Tensor],  # images (B, 3, H, W) and labels (B, H, W), on the model's device
-    text: Tensor,  # (C, d)
-    *,
-    auxiliary: str | None,  # auxiliary loss
-    bf16: bool = False,  # whether matmuls run in bfloat16
-) -> float:  # the loss
-    """Run one training iteration: forward pass, backward pass, update."""
-    images, label = batch
-    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=bf16):
-        masks = model(images, text)
-    loss = segmentation_loss(masks, label, auxiliary=auxiliary)["loss"]
-    optimiser.zero_grad()
-    loss.backward()
-    optimiser.step()
-    return loss.item()
-
-# %% ../../nbs/81_paper.complexity.ipynb #e5d7a83c
-def measure_training(
-    step: Callable[[Tensor, Tensor], float],  # one iteration on a batch
-    batches: Iterable,  # of images (B, 3, H, W), labels (B, H, W) and names
-    device: torch.device,
-    skipped: int = 1,  # iterations at the start that are not measured
-) -> dict:  # "images/s", "seconds per iteration", "share of time waiting for data", "iterations", "last loss"
-    """Time the iterations and the share of them spent waiting for data."""
-    waiting, working, batch_size, batches = [], [], 0, iter(batches)
-    while True:
-        batch, seconds = timed(lambda: next(batches, None), device)
-        if batch is None:
-            break
-        images, label = (part.to(device, non_blocking=True) for part in batch[:2])
-        loss, busy = timed(lambda images=images, label=label: step(images, label), device)
-        waiting, working, batch_size = [*waiting, seconds], [*working, busy], len(images)
-    waiting, working = np.array(waiting[skipped:]), np.array(working[skipped:])
-    total = waiting.sum() + working.sum()
-    return {
-        "images/s": batch_size * len(working) / float(total),
-        "seconds per iteration": float(total / len(working)),
-        "share of time waiting for data": float(waiting.sum() / total),
-        "iterations": len(working),
-        "last loss": loss,
-    }
-
-# %% ../../nbs/81_paper.complexity.ipynb #997d4758
-def count_step(
-    step: Callable[[], object],  # a training step
-) -> int:  # operations
-    """Count matmuls and attention of a step, forward and backward, with PyTorch's counter."""
-    with torch_counter() as counter:
-        step()
-    return counter.get_total_flops()
-
-
-def product_rate(
-    device: torch.device,
-    bf16: bool = False,  # factors in bfloat16 instead of float32
-    repeats: int = 5,
-) -> float:  # operations per second
-    """Measure the rate of a large matmul, the best of several."""
-    side = 8192 if device.type == "cuda" else 1024
-    factor = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    factor @ factor  # the first one takes longer
-    return 2 * side**3 / min(timed(lambda: factor @ factor, device)[1] for _ in range(repeats))
