@@ -67,8 +67,8 @@ def stop_after(monkeypatch, iteration):
 
     recording = loop.record
 
-    def interrupt(run, values):
-        recording(run, values)
+    def interrupt(run):
+        recording(run)
         if run.done == iteration:
             raise KeyboardInterrupt
 

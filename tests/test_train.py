@@ -84,8 +84,8 @@ def test_resuming_at_any_iteration_changes_nothing(tmp_path, monkeypatch, settin
     whole = weights_of(tmp_path / "whole", iterations=4, setting=setting)
     recording = sptseg.training.loop.record
 
-    def interrupt(run, values):
-        recording(run, values)
+    def interrupt(run):
+        recording(run)
         if run.done == stop:
             raise KeyboardInterrupt
 
@@ -160,6 +160,43 @@ def test_deterministic_runs_use_deterministic_operations_only(tmp_path, monkeypa
     assert runs[0] == runs[1] == runs[2], "on one CPU thread, the plain run is deterministic, too"
     assert used == [False, False, True, True, True, True]
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_losses_that_are_read_later_are_the_same(tmp_path, monkeypatch, stopped):
+    settings = {"iterations": 7, "eval_every": 7, "checkpoint_every": 4}
+    whole = train(tiny(**settings), tmp_path / "whole", progress=False)
+    monkeypatch.setitem(sptseg.training.run.READ_EVERY, "cpu", 3)
+    stepping, steps = sptseg.training.loop.step, []
+
+    def interrupt(*arguments):
+        steps.append(arguments)
+        if stopped and len(steps) == 6:
+            raise KeyboardInterrupt
+        stepping(*arguments)
+
+    monkeypatch.setattr("sptseg.training.loop.step", interrupt)
+    if stopped:
+        with pytest.raises(KeyboardInterrupt, match="iteration 5 of 7"):
+            train(tiny(**settings), tmp_path / "late", progress=False)
+    late = train(tiny(**settings), tmp_path / "late", progress=False)
+    assert late["history"] == whole["history"]
+    assert (tmp_path / "late" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+
+
+def test_a_loss_that_is_read_later_and_not_finite_is_never_saved(tmp_path, monkeypatch):
+    computing, losses = sptseg.training.run.segmentation_loss, []
+
+    def broken(*arguments, **options):
+        losses.append(computing(*arguments, **options))
+        return {name: loss * math.nan for name, loss in losses[-1].items()} if len(losses) > 2 else losses[-1]
+
+    monkeypatch.setitem(sptseg.training.run.READ_EVERY, "cpu", 20)
+    monkeypatch.setattr("sptseg.training.run.segmentation_loss", broken)
+    with pytest.raises(UserError, match="iteration 2: the loss is nan.*the last checkpoint is kept"):
+        train(tiny(iterations=6, eval_every=6, checkpoint_every=2), tmp_path, progress=False)
+    [kept] = checkpoints(tmp_path)
+    assert torch.load(kept, weights_only=True)["iteration"] == 2
 
 
 def test_bfloat16_is_for_training_and_evaluations_are_in_float32(tmp_path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['evaluation_is_due', 'ranking_metric', 'best_evaluation', 'note_on_seen_classes', 'log_samples', 'figure_array',
-           'evaluate_run', 'save_weights', 'evaluate_now', 'record']
+           'evaluate_run', 'save_weights', 'evaluate_now', 'log_losses', 'record']
 
 # %% ../../nbs/67_training.evaluations.ipynb #9d5687f7
 import math
@@ -29,7 +29,7 @@ from sptseg.evaluation.evaluate import (
 from ..evaluation.metrics import summarise
 from ..models.segmenter import save_segmenter
 from ..plots import show_segmentations
-from .run import Run, save_state, saved_on_error
+from .run import Run, read_losses, save_state, saved_on_error
 from .run_folder import BEST
 
 # %% ../../nbs/67_training.evaluations.ipynb #d3e60e6e
@@ -149,17 +149,30 @@ def evaluate_now(
             tqdm.write(f"note: {note}")
 
 # %% ../../nbs/67_training.evaluations.ipynb #c579549f
+def log_losses(
+    run: Run,
+) -> None:
+    """Give the tracker the losses that were read since the last call."""
+    rows, run.unlogged = run.unlogged, []
+    gauges = run.gauges(len(rows)) if rows else {}
+    for row in rows:
+        losses = {f"train/{name}": value for name, value in row.items() if name != "iteration"}
+        run.accelerator.log(losses | (gauges if row is rows[-1] else {}), step=row["iteration"])
+
+
 def record(
     run: Run,
-    values: dict[str, float],  # losses of the iteration just done
 ) -> None:
     """Log the losses; evaluate and write a checkpoint at their intervals."""
-    recipe, done, finished = run.recipe, run.done, run.done == run.recipe.iterations
-    run.accelerator.log({f"train/{name}": value for name, value in values.items()} | run.gauges(), step=done)
-    if done % recipe.checkpoint_every == 0 or finished:
+    due = run.done % run.recipe.checkpoint_every == 0 or run.done == run.recipe.iterations
+    if due or evaluation_is_due(run):
+        read_losses(run)
+    read = bool(run.unlogged)
+    log_losses(run)
+    if due:
         save_state(run)  # before the evaluation, which may fail
     if evaluation_is_due(run):
         evaluate_now(run)
-        if done % recipe.checkpoint_every == 0 or finished:
+        if due:
             save_state(run)
-    run.clock = time.monotonic()
+    run.clock = time.monotonic() if read else run.clock

@@ -219,7 +219,9 @@ def chunk_masks(
 ) -> Iterator[tuple[Tensor, Tensor | None]]:  # indices into B·C, and targets (n, H, W), None where all are zero
     """Split all pairs of image and class into small groups, each of absent or of present classes."""
     size = max(1, PIXELS.get(label.device.type, 2**24) // label[0].numel())
-    absent, there = ((present == kind).flatten().nonzero()[:, 0] for kind in (False, True))
+    present = present.cpu()  # the sizes of the groups are needed here; batches for a GPU have them here already
+    found = ((present == kind).flatten().nonzero()[:, 0] for kind in (False, True))
+    absent, there = (index.to(label.device, non_blocking=True) for index in found)
     for index in absent.split(size) if len(absent) else ():
         yield index, None
     for index in there.split(size) if len(there) else ():
@@ -274,9 +276,10 @@ def fused_losses(
     label: Tensor,  # (B, H, W) integers: 0..C-1, or `IGNORE`
     auxiliary: str | None,  # name in `AUXILIARY`, or None
     num_masks: Tensor,  # K
+    present: Tensor | None = None,  # (B, C) bool, of `present_classes`; None: found here
 ) -> tuple[Tensor, Tensor]:  # focal and auxiliary loss (0 without one), scalars
     """The losses of `dense_losses`, with few full-size maps at any time."""
-    present = present_classes(label, masks.shape[1])
+    present = present_classes(label, masks.shape[1]) if present is None else present
     with full_precision(masks.device):
         focal, other = ChunkedMaskLoss.apply(masks, label, present, auxiliary)
     return focal / num_masks, other / (num_masks if auxiliary == "dice" else present.numel())

@@ -37,7 +37,7 @@ from sptseg.training.evaluations import (
     save_weights,
 )
 from .launch import in_group, is_main, run_in_processes
-from .run import Run, save_state, step, training_batches
+from .run import Run, read_losses, save_state, step, training_batches
 from sptseg.training.run_folder import (
     INPUTS,
     RESULTS,
@@ -175,13 +175,16 @@ def iterate(
             if run.done == first:
                 run.optimizer.state.clear()  # a phase begins with the weights of the one before, and nothing else
             part = {"first": max(first, run.done), "last": last}
-            for images, label, _ in training_batches(run, setting, **part):
-                values = step(run, images, label, setting)
+            for batch in training_batches(run, setting, **part):
+                step(run, batch, setting)
+                if run.done in (timed - 1, timed):
+                    read_losses(run)  # waits for a GPU, so that one iteration is timed
                 if run.done == timed:
                     warn_if_slow(run)
-                record(run, values)
+                record(run)
                 bar.update()
-                bar.set_postfix(loss=f"{values['loss']:.3f}")
+                if run.history["train"]:
+                    bar.set_postfix(loss=f"{run.history['train'][-1]['loss']:.3f}")
 
 
 def train_here(

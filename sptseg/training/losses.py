@@ -25,11 +25,14 @@ def segmentation_loss(
     focal_weight: float = 100.0,  # γ of Eq. 10
     auxiliary_weight: float = 1.0,  # σ of Eq. 10
     num_masks: Tensor | None = None,  # K averaged over processes; None: K of this batch
+    present: Tensor | None = None,  # (B, C) of `present_classes`; None: found here
 ) -> dict[str, Tensor]:  # weighted scalars: "focal", the auxiliary loss under its name, and their sum "loss"
     """The training loss (Eq. 10), computed in float32."""
-    num_masks = present_classes(label, logits.shape[1]).sum() if num_masks is None else num_masks
-    losses = dense_losses if logits.shape[-2:] == label.shape[-2:] else fused_losses
-    focal, other = losses(logits.float(), label, auxiliary, num_masks.clamp(min=1))
+    present = present_classes(label, logits.shape[1]) if present is None else present
+    num_masks = (present.sum() if num_masks is None else num_masks).clamp(min=1)
+    given = logits.float(), label, auxiliary, num_masks
+    same_size = logits.shape[-2:] == label.shape[-2:]
+    focal, other = dense_losses(*given) if same_size else fused_losses(*given, present)
     terms = {"focal": focal_weight * focal}
     if auxiliary is not None:
         terms[auxiliary] = auxiliary_weight * other
