@@ -187,3 +187,41 @@ def test_bfloat16_training_learns_and_differs_from_float32(tmp_path):
     assert all(torch.isfinite(torch.tensor(values)).all() for values in losses.values())
     assert losses["no"] != losses["bf16"]
     assert losses["bf16"][0] == pytest.approx(losses["no"][0], rel=0.05)
+
+
+def test_the_next_batch_is_moved_before_the_current_one_is_used(monkeypatch):
+    """The order of events on a GPU, recorded with streams that do nothing."""
+    from contextlib import nullcontext
+
+    from sptseg.training import batches
+
+    events = []
+
+    class Stream:
+        def __init__(self, *arguments):
+            pass
+
+        def wait_stream(self, stream):
+            events.append("wait")
+
+    def moved(batch, device, num_classes):
+        events.append(f"move {batch}")
+        return batches.Batch(*(type("Part", (), {"record_stream": lambda self, stream: None})(),) * 2, batch)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(batches, "to_device", moved)
+    for batch in batches.device_batches(range(3), torch.device("cuda"), 15):
+        events.append(f"use {batch.present}")
+    assert events == ["move 0", "wait", "move 1", "use 0", "wait", "move 2", "use 1", "wait", "use 2"]
+
+
+@on_gpu
+def test_batches_of_a_gpu_are_those_of_the_cpu():
+    from sptseg.training.batches import device_batches
+
+    loader = [(torch.randn(2, 3, 8, 8), torch.randint(5, (2, 8, 8), dtype=torch.uint8), ["a", "b"]) for _ in range(4)]
+    pairs = zip(*(device_batches(loader, torch.device(name), 5) for name in ("cpu", "cuda")), strict=True)
+    for cpu, gpu in pairs:
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(cpu, gpu, strict=True)) and gpu.images.is_cuda
