@@ -223,5 +223,5 @@ def test_batches_of_a_gpu_are_those_of_the_cpu():
 
     loader = [(torch.randn(2, 3, 8, 8), torch.randint(5, (2, 8, 8), dtype=torch.uint8), ["a", "b"]) for _ in range(4)]
     pairs = zip(*(device_batches(loader, torch.device(name), 5) for name in ("cpu", "cuda")), strict=True)
-    for cpu, gpu in pairs:
-        assert all(torch.equal(a, b.cpu()) for a, b in zip(cpu, gpu, strict=True)) and gpu.images.is_cuda
+    for cpu, cuda in pairs:
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(cpu, cuda, strict=True)) and cuda.images.is_cuda
