@@ -142,6 +142,27 @@ def test_labels_of_many_classes_are_those_of_all_scores_at_once(count, size):
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("count", [3, 5, 19, 40])
+def test_labels_within_a_memory_budget_are_those_of_all_scores_at_once(monkeypatch, count, at_once):
+    model, image = make(image_size=72), torch.randn(1, 3, 160, 200)
+    text, largest = F.normalize(torch.randn(count, TEXT.shape[1]), dim=-1), []
+    with torch.no_grad():
+        scores = slide_scores(model, image, text, stride=60, seen=(0, 2))
+
+    def resized(masks, size):
+        largest.append(masks.shape[1])
+        return resize_masks(masks, size)
+
+    monkeypatch.setattr("sptseg.inference.windows.resize_masks", resized)
+    monkeypatch.setattr("sptseg.inference.windows.MAX_SCORES", at_once * 12 * 72**2)  # 12 windows
+    for threshold in (None, 0.5):
+        labels = predict_labels(model, image, text, stride=60, seen=(0, 2), output_size=(180, 231), threshold=threshold)
+        best, expected = resize_masks(scores, (180, 231))[0].max(0)
+        assert torch.equal(labels, expected if threshold is None else expected.masked_fill(best < threshold, -1))
+    assert max(largest) <= (3 if count == 3 else at_once)
+
+
 @pytest.mark.parametrize("present", [0, 1, 5, 60])
 @pytest.mark.parametrize("num_classes", [20, 40, 59, 171])
 def test_classes_that_win_nowhere_are_left_out_and_change_nothing(num_classes, present):

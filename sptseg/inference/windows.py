@@ -11,7 +11,7 @@ __all__ = ['WINDOWS_AT_ONCE', 'MAX_QUERIES', 'CLASSES_AT_ONCE', 'MAX_SCORES', 'R
 # %% ../../nbs/45_inference.windows.ipynb #7191c274
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -143,8 +143,8 @@ def encode_windows(
     window = (model.config.image_size,) * 2
     places = [window_places(image.shape[-2:], window, (stride, stride)) for image in images]
     cut = [image[place] for image, some in zip(images, places, strict=True) for place in some]
-    batches = [torch.cat(cut[first : first + WINDOWS_AT_ONCE]) for first in range(0, len(cut), WINDOWS_AT_ONCE)]
-    outputs, counts = [model.encoder(batch) for batch in batches], [len(some) for some in places]
+    batches = (cut[first : first + WINDOWS_AT_ONCE] for first in range(0, len(cut), WINDOWS_AT_ONCE))
+    outputs, counts = [model.encoder(torch.cat(batch)) for batch in batches], [len(some) for some in places]
     patches, cls = (torch.cat(parts).split(counts) for parts in zip(*outputs, strict=True))
     parts = zip(patches, cls, places, images, strict=True)
     return [WindowFeatures(patches, cls, some, window, image.shape[-2:]) for patches, cls, some, image in parts]
@@ -163,7 +163,7 @@ def window_masks(
 
 # %% ../../nbs/45_inference.windows.ipynb #feac8c3f
 CLASSES_AT_ONCE = 16  # classes resized together
-MAX_SCORES = 2**27  # scores held at once for one image: 512 MiB in float32
+MAX_SCORES = 2**24  # scores in one group of classes, unless one class has more: 64 MiB in float32
 ROUNDING = 100  # machine epsilons: an upper bound on rounding errors of resizing and averaging
 
 
@@ -175,20 +175,21 @@ def candidate_classes(
     at_once: int = CLASSES_AT_ONCE,  # k: classes resized together
 ) -> Tensor:  # ids, ascending
     """Find the classes that may be the best one at some pixel; with few classes, return all."""
-    if masks.shape[1] <= 2 * at_once:
+    if masks.shape[1] <= 2 * CLASSES_AT_ONCE:
         return torch.arange(masks.shape[1], device=masks.device)
     extremes = masks.amin((0, 2, 3)), masks.amax((0, 2, 3))
     lowest, highest = (class_scores(values[None, :, None, None], seen, seen_bias).flatten() for values in extremes)
-    leaders = highest.topk(at_once).indices
-    floor = torch.maximum(score_fn(leaders).amax(0).min(), lowest.max()) - ROUNDING * torch.finfo(masks.dtype).eps
+    leaders = highest.topk(CLASSES_AT_ONCE).indices.split(at_once)
+    reached = reduce(torch.maximum, (score_fn(classes).amax(0) for classes in leaders)).min()
+    floor = torch.maximum(reached, lowest.max()) - ROUNDING * torch.finfo(masks.dtype).eps
     return (~(highest < floor)).nonzero()[:, 0]
 
 
 def classes_at_once(
     pixels: int,  # of one score map at its largest size
 ) -> int:  # at most `CLASSES_AT_ONCE`
-    """Limit the classes that are resized together, so that large images do not exhaust the memory."""
-    return max(1, min(CLASSES_AT_ONCE, MAX_SCORES // pixels))
+    """Limit the classes that are resized together to a power of two, so that large images do not exhaust the memory."""
+    return 1 << (max(1, min(CLASSES_AT_ONCE, MAX_SCORES // pixels)).bit_length() - 1)
 
 
 def class_groups(
@@ -197,9 +198,12 @@ def class_groups(
     at_once: int = CLASSES_AT_ONCE,  # size of a group
 ) -> list[Tensor]:  # ids of the classes to resize together; may repeat ids
     """Split the chosen classes into full groups; the last C mod `at_once` classes form a group of their own."""
+    if num_classes == 3:
+        return [torch.arange(3, device=chosen.device)]
     boundary = num_classes - num_classes % at_once
     first, last = chosen[chosen < boundary], torch.arange(boundary, num_classes, device=chosen.device)
     filled = torch.cat([first, first[:1].expand(-len(first) % at_once)])
+    last = torch.cat([last, last[:1]]) if len(last) == 3 else last  # PyTorch treats three channels as an RGB image
     groups = list(filled.split(at_once)) if len(first) else []
     return groups if len(first) == len(chosen) else [*groups, last]
 
@@ -218,9 +222,10 @@ def scores_from_masks(
     """Compute the score maps of some classes from the masks of the windows."""
     biased = torch.zeros(masks.shape[1], dtype=torch.bool)
     biased[list(seen)] = True
-    few = resize_masks(masks[:, classes], window)
-    scores = class_scores(few, biased[classes.cpu()].nonzero()[:, 0].tolist(), seen_bias)
-    return resize_masks(merge_windows(scores, places, sides), output_size or sides)[0]
+    seen = biased[classes.cpu()].nonzero()[:, 0].tolist()
+    # nested, so that each intermediate result is freed as soon as the next one exists
+    merged = merge_windows(class_scores(resize_masks(masks[:, classes], window), seen, seen_bias), places, sides)
+    return resize_masks(merged, output_size or sides)[0]
 
 
 def labels_from_masks(
@@ -236,13 +241,13 @@ def labels_from_masks(
     size, bias = tuple(options.get("output_size") or sides), options.get("seen_bias", SEEN_BIAS)
     at_once = classes_at_once(max(size[0] * size[1], len(masks) * window[0] * window[1]))
     score_fn = partial(scores_from_masks, masks=masks, places=places, window=window, sides=sides, **options)
-    best, labels = masks.new_full(size, -torch.inf), torch.zeros(size, dtype=torch.long, device=masks.device)
+    best, labels = masks.new_full(size, -torch.inf), torch.zeros(size, dtype=torch.int32, device=masks.device)
     candidates = candidate_classes(masks, score_fn, options.get("seen", ()), bias, at_once)
     for classes in class_groups(candidates, masks.shape[1], at_once):
-        highest, index = score_fn(classes).max(0)
-        higher = highest > best
-        best, labels = torch.where(higher, highest, best), torch.where(higher, classes[index], labels)
-    return labels if threshold is None else labels.masked_fill_(best < threshold, -1)
+        for label, scores in zip(classes.tolist(), score_fn(classes), strict=True):
+            labels.masked_fill_(scores > best, label)
+            torch.fmax(best, scores, out=best)
+    return (labels if threshold is None else labels.masked_fill_(best < threshold, -1)).long()
 
 # %% ../../nbs/45_inference.windows.ipynb #c41d07e2
 @torch.inference_mode()
@@ -256,4 +261,6 @@ def predict_labels(
 ) -> Tensor:  # (height, width) class ids
     """Label every pixel of an image with the best-scoring class."""
     [features] = encode_windows(model, [image], stride=stride)
-    return labels_from_masks(window_masks(model, features, text), *features.layout, **options)
+    masks, layout = window_masks(model, features, text), features.layout
+    del features  # twice as large as the masks of 171 classes
+    return labels_from_masks(masks, *layout, **options)
