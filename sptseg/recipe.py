@@ -8,6 +8,7 @@ __all__ = ['RUNTIME_KEYS', 'RENAMED', 'NOTHING', 'choose_clip', 'check_value', '
            'peak_rate_share', 'slow_run_warning']
 
 # %% ../nbs/40_recipe.ipynb #16c5303c
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +27,7 @@ from pydantic import (
 )
 
 from .core import UserError, asset_path, nearest_name, read_yaml
+from .data.label_sets import LabelSet
 from .models.segmenter import METHODS, SEEN_BIAS, SegmenterConfig
 
 # %% ../nbs/40_recipe.ipynb #rec10001
@@ -48,6 +50,8 @@ def check_value(
         return "no"
     if key == "spectral_blocks" and (value == "" or isinstance(value, bool)):
         raise ValueError("this is ambiguous; write none for no prompts, or for instance 1-2")
+    if key == "templates" and any(str(item).count("{}") != 1 for item in items if value is not None):
+        raise ValueError("a template has no place for the name; write {} once in each")
     if any(isinstance(item, bool) for item in items) and Recipe.model_fields[key].annotation is not bool:
         raise ValueError("not a switch; YAML reads an unquoted yes, no, on or off as true or false, so quote text")
     return value
@@ -66,7 +70,8 @@ class Recipe(BaseModel):
     setting: Literal["inductive", "transductive", "supervised"] = "inductive"
     clip: str = "glyph-clip"  # a CLIP's name, see `sptseg.models.clip.load_clip`; OpenAI's ViT-B/16 for photographs
     clip_weights: str | None = None  # its weights: a tag of open_clip or a file
-    text_embeddings: str | None = None  # .npy file with the class embeddings; None: from CLIP's text encoder
+    templates: Annotated[tuple[str, ...] | None, Field(min_length=1)] = None  # sentences; None: those of the dataset
+    text_embeddings: str | None = None  # .npy or .pth file of the class embeddings; None: from CLIP's text encoder
     seen_bias: Annotated[float, Field(ge=-1, le=1)] = SEEN_BIAS  # calibrated stacking, in evaluations
     init_from: str | None = None  # file of weights to start from; None: random initial values
     continue_from: str | None = None  # folder of a shorter run of the same recipe, whose state is taken over
@@ -122,6 +127,9 @@ class Recipe(BaseModel):
         if self.spectral_blocks == "none":
             chosen["spectral_blocks"] = ""
         return METHODS[self.method].model_copy(update=chosen)
+
+    def with_templates(self, labels: LabelSet) -> LabelSet:  # the dataset's classes, with the templates of the recipe
+        return replace(labels, templates=self.templates or labels.templates)
 
     def auxiliary(self) -> str | None:  # the loss added to the focal loss; None for none
         chosen = self.auxiliary_loss or ("ssim" if self.method == "spt-seg" else "dice")

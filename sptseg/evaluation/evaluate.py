@@ -40,8 +40,8 @@ def benchmark_of(
     recipe: Recipe,
     training: bool = True,  # whether to load training images as well
 ) -> Benchmark:
-    """Load the benchmark of a recipe at the recipe's image size."""
-    return load_benchmark(
+    """Load the benchmark of a recipe at the recipe's image size and with its templates."""
+    benchmark = load_benchmark(
         recipe.dataset,
         root=recipe.data_root,
         size=recipe.image_size,
@@ -50,17 +50,19 @@ def benchmark_of(
         val_images=recipe.val_images,
         training=training,
     )
+    return replace(benchmark, labels=recipe.with_templates(benchmark.labels))
 
 
 def load_parts(
     recipe: Recipe,
     training: bool = True,  # whether to load training images as well
-) -> tuple[Benchmark, ClipModel, Tensor]:  # and the embeddings of all its classes, (C, d)
+) -> tuple[Benchmark, ClipModel, Tensor]:  # and the embeddings of all its classes, (C, d) or (C, T, d)
     """Load the data and the CLIP of a run."""
     benchmark, clip = benchmark_of(recipe, training), load_clip(recipe.clip, weights=recipe.clip_weights)
+    labels, apart = benchmark.labels, recipe.segmenter_config().templates_apart
     if recipe.text_embeddings is not None:
-        return benchmark, clip, load_text_embeddings(recipe.text_embeddings, benchmark.labels, clip.embed_dim)
-    return benchmark, clip, class_embeddings(clip, benchmark.labels)
+        return benchmark, clip, load_text_embeddings(recipe.text_embeddings, labels, clip.embed_dim, apart)
+    return benchmark, clip, class_embeddings(clip, labels, apart=apart)
 
 
 def file_notes(

@@ -210,7 +210,7 @@ class Query:
     """Names to choose from, and how."""
 
     names: tuple[str, ...]  # C names
-    text: Tensor  # (C, d) their embeddings
+    text: Tensor  # (C, d) their embeddings; (C, T, d) if the templates are kept apart
     biased: tuple[int, ...]  # positions of the names that calibrated stacking lowers
     options: dict = field(default_factory=dict)  # threshold, seen_bias and templates
 
@@ -261,7 +261,8 @@ class Predictor(HubModel):
         self.notes, self.source, self.embeddings = notes, source or {}, embeddings
         self.classes, self.unseen, self.metrics = notes.classes, notes.unseen, notes.metrics
         clip_model.model.to(self.device)
-        self.encode_names = NameEncoder(clip_model, ClassList(notes.classes, notes.templates), embeddings)
+        known, apart = ClassList(notes.classes, notes.templates), segmenter.config.templates_apart
+        self.encode_names = NameEncoder(clip_model, known, embeddings, apart)
 
     def query(
         self,

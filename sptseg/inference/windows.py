@@ -112,7 +112,7 @@ def slide_scores(
 
 # %% ../../nbs/45_inference.windows.ipynb #f5a10002
 WINDOWS_AT_ONCE = 8  # windows encoded together
-MAX_QUERIES = 4096  # windows times classes decoded together
+MAX_QUERIES = 4096  # windows times queries decoded together
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,10 +154,10 @@ def encode_windows(
 def window_masks(
     model: Segmenter,  # in evaluation mode
     features: WindowFeatures,
-    text: Tensor,  # (C, d) class embeddings, unit-norm
+    text: Tensor,  # (C, d) or (C, T, d) class embeddings, unit-norm
 ) -> Tensor:  # (n, C, h, w) mask logits
     """Decode the windows of one image."""
-    count = max(1, min(WINDOWS_AT_ONCE, MAX_QUERIES // len(text)))
+    count = max(1, min(WINDOWS_AT_ONCE, MAX_QUERIES // text[..., 0].numel()))
     parts = zip(features.patches.split(count), features.cls.split(count), strict=True)
     return torch.cat([model.decoder(*part, text) for part in parts])
 

@@ -30,7 +30,7 @@ class SegmenterConfig(BaseModel):
     """The configuration of a segmenter, apart from CLIP's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    decoder: Literal["sgd", "zegclip"] = "sgd"
+    decoder: Literal["sgd", "zegclip", "transport"] = "sgd"
     decoder_layers: PositiveInt = 3  # Table 4: 1, 3 or 5
     spectral_blocks: str = "1-2"  # blocks with a spectral prompt (Table 3); "" for none
     num_prompts: PositiveInt = 10  # deep prompts per block: 10 for VOC, 100 for COCO-Stuff
@@ -39,6 +39,10 @@ class SegmenterConfig(BaseModel):
     dropout: float = 0.1  # of deep prompts and decoder, a probability
     head_split: Literal["code", "paper"] = "code"  # assignment of heads to the high and low branches
     class_embedding_count: Literal[1, 2] = 2  # 2 in the releases, 1 in CLIP
+
+    @property
+    def templates_apart(self) -> bool:  # whether class embeddings are (C, T, d), one per template
+        return self.decoder == "transport"
 
 
 SEEN_BIAS = 0.1  # calibrated stacking: subtracted from scores of seen classes in the inductive setting
@@ -117,7 +121,7 @@ class SegmenterFile(NamedTuple):
     config: SegmenterConfig
     notes: dict  # "clip" and the other metadata
     tensors: dict[str, Tensor]  # the trained ones, by name
-    embeddings: Tensor | None  # (C, d) class embeddings; None in older files
+    embeddings: Tensor | None  # (C, d) or (C, T, d) class embeddings; None in older files
 
 
 def save_segmenter(
@@ -125,7 +129,7 @@ def save_segmenter(
     model: Segmenter,
     *,
     clip: str,  # name of the CLIP that the model was trained with
-    embeddings: Tensor | None = None,  # (C, d) class embeddings
+    embeddings: Tensor | None = None,  # (C, d) or (C, T, d) class embeddings
     **notes,  # further metadata that JSON can hold, see `FileNotes`
 ) -> Path:  # `path`
     """Write the trained tensors and the configuration atomically."""

@@ -181,6 +181,7 @@ def write_folder(
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; name a folder")
     labels = folder_labels(recipe.data_root) if recipe.dataset == "folder" else load_label_set(recipe.dataset)
+    labels = recipe.with_templates(labels)
     notes = file_notes(recipe, labels, clip and clip.weights_hash) | {"origin": "converted"}
     with TemporaryDirectory() as folder:
         weights = save_segmenter(Path(folder, "model.safetensors"), model, clip=recipe.clip, **notes)
