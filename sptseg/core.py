@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IGNORE', 'UNSEEN', 'BYTE_CLASSES', 'ignore_label', 'unseen_label', 'UserError', 'error_text', 'nearest_name',
            'UniqueKeyLoader', 'parse_yaml', 'read_yaml', 'check_type', 'check_parameters', 'write_atomically',
-           'save_json', 'asset_path', 'import_extra', 'BarLines', 'use_bar_lines', 'end_with_parent', 'git_commit',
-           'provenance']
+           'save_json', 'asset_path', 'cache_root', 'import_extra', 'BarLines', 'use_bar_lines', 'end_with_parent',
+           'git_commit', 'provenance']
 
 # %% ../nbs/01_core.ipynb #f637660f
 import ast
@@ -198,6 +198,11 @@ def asset_path(
             f"{path}: this file of sptseg is missing; reinstall the package, or restore the file in the checkout"
         )
     return path
+
+# %% ../nbs/01_core.ipynb #ca5e0002
+def cache_root() -> Path:  # SPTSEG_CACHE, else ~/.cache/sptseg
+    """The folder of everything that is cached between runs."""
+    return Path(os.environ.get("SPTSEG_CACHE") or Path.home() / ".cache" / "sptseg")
 
 # %% ../nbs/01_core.ipynb #75c00002
 def import_extra(

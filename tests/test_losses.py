@@ -257,7 +257,7 @@ def test_hand_written_derivatives_are_right():
     x, square, product = (part.requires_grad_() for part in (maps, (maps + 1) ** 2, maps * target))
     assert torch.autograd.gradcheck(Blur.apply, [x])
     masks = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
-    axes = make_axis(3, 6, masks), make_axis(2, 5, masks)
+    axes = make_axis(3, 6, masks.dtype), make_axis(2, 5, masks.dtype)
     assert torch.autograd.gradcheck(lambda masks: Focal.apply(masks, None, *axes), masks)
     assert torch.autograd.gradcheck(lambda masks: Focal.apply(masks, target, *axes), masks)
     assert torch.autograd.gradcheck(lambda masks: NegativeSSIM.apply(masks, *axes), masks)
@@ -267,7 +267,7 @@ def test_hand_written_derivatives_are_right():
 def test_local_means_come_from_the_small_masks():
     for seed in range(12):
         masks, label = small_masks(seed, dtype=torch.float64)
-        rows, columns = (make_axis(*sizes, masks) for sizes in zip(masks.shape[2:], label.shape[1:], strict=True))
+        rows, columns = (make_axis(*sizes, masks.dtype) for sizes in zip(masks.shape[2:], label.shape[1:], strict=True))
         resized = F.interpolate(masks, label.shape[1:], mode="bilinear", align_corners=False)
         points = apply_separable(rows.add_midpoints, masks, columns.add_midpoints)
         assert torch.allclose(apply_separable(rows.resize, masks, columns.resize), resized)

@@ -251,13 +251,19 @@ class GlyphScenes(Dataset):
     def __len__(self) -> int:  # number of images
         return self.length
 
+    def position(self, index: int) -> int:  # 0..length-1; a negative index counts from the end
+        if not -self.length <= index < self.length:
+            raise IndexError(f"image {index} of {self.length}")
+        return int(index) % self.length
+
+    def name(self, index: int) -> str:  # of an image, used in messages
+        return f"glyphs-{self.split}-{self.seed}-{index:06d}"
+
     def __getitem__(
         self,
         index: int,  # 0..length-1, or negative from the end
     ) -> Sample:  # image (3, H, H) uint8, mask (H, H) uint8
-        if not -self.length <= index < self.length:
-            raise IndexError(f"image {index} of {self.length}")
-        index = int(index) % self.length
+        index = self.position(index)
         rng = scene_rng(self.seed, self.split, index)
         count = min(int(rng.integers(2, 5)), len(self.things))
         things = rng.choice(self.things, count, replace=False).tolist()
@@ -265,7 +271,7 @@ class GlyphScenes(Dataset):
         canvas, layers = draw_scene(things, grounds, self.size, rng)
         ids = np.array([self.ids.get(name, IGNORE) for name in grounds + things], np.uint8)
         image = torch.from_numpy(np.ascontiguousarray(canvas.transpose(2, 0, 1)))
-        return Sample(image, torch.from_numpy(ids[layers]), f"glyphs-{self.split}-{self.seed}-{index:06d}")
+        return Sample(image, torch.from_numpy(ids[layers]), self.name(index))
 
 # %% ../../nbs/12_data.glyphs.ipynb #37eecf83
 WORDINGS = (

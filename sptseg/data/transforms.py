@@ -114,6 +114,8 @@ def resize_image(
     box: tuple[int, int, int, int] | None = None,  # (top, left, height, width) of the part that is wanted; None: all
 ) -> Tensor:  # (3, height, width) uint8, of the box if there is one
     "Resize bilinearly, with half-pixel centres and without antialias."
+    if tuple(image.shape[1:]) == tuple(size):
+        return F.crop(image, *box) if box else image
     top, left, height, width = box or (0, 0, *size)
     columns = (resize_rows(channel.mT.float(), size[1], left, width) for channel in image.split(1))
     return torch.cat([resize_rows(part.mT.contiguous(), size[0], top, height).round_().byte() for part in columns])

@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'PLAIN_VISION', 'PLAIN_TEXT', 'is_plain', 'config_folder', 'model_file', 'clip_config', 'check_activation',
-           'cache_root', 'source_url', 'check_sha256', 'fetch_weights', 'fingerprint', 'tokenizer_for', 'ClipModel',
-           'tokenize_texts', 'heads_and_activation', 'check_neighbour', 'find_weights', 'load_clip',
-           'interpolate_position_embedding']
+           'source_url', 'check_sha256', 'fetch_weights', 'fingerprint', 'tokenizer_for', 'ClipModel', 'tokenize_texts',
+           'heads_and_activation', 'check_neighbour', 'find_weights', 'load_clip', 'interpolate_position_embedding']
 
 # %% ../../nbs/30_models.clip.ipynb #3dd260ab
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core import UserError, asset_path
+from ..core import UserError, asset_path, cache_root
 from sptseg.models.huggingface import (
     CONFIG_FILES,
     DOWNLOAD_ERRORS,
@@ -105,11 +103,6 @@ def check_activation(
         )
 
 # %% ../../nbs/30_models.clip.ipynb #e6d2bafe
-def cache_root() -> Path:  # SPTSEG_CACHE, else ~/.cache/sptseg
-    "The folder where weights and text embeddings are cached between runs."
-    return Path(os.environ.get("SPTSEG_CACHE") or Path.home() / ".cache" / "sptseg")
-
-
 def source_url(
     source: dict,  # open_clip's entry for a tag
 ) -> str:  # the URL of one file

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core import UserError, write_atomically
+from ..core import UserError, cache_root, write_atomically
 from ..data.label_sets import LabelSet
-from .clip import ClipModel, cache_root
+from .clip import ClipModel
 from .weights import FILE_ERRORS
 
 # %% ../../nbs/42_models.text.ipynb #aa4f7fb3

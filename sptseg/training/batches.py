@@ -6,9 +6,11 @@
 __all__ = ['BatchSampler', 'train_loader', 'Batch', 'to_device', 'device_batches', 'set_iteration_seed']
 
 # %% ../../nbs/59_training.batches.ipynb #acd10175
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor
@@ -136,4 +138,10 @@ def set_iteration_seed(
     rank: int = 0,  # of the process
 ) -> None:
     """Seed all random numbers of an iteration from these three numbers."""
-    set_seed(sample_generator(seed, iteration, rank).initial_seed() % 2**32)
+    value = sample_generator(seed, iteration, rank).initial_seed() % 2**32
+    if torch.accelerator.is_available():
+        set_seed(value)
+    else:  # without the calls for absent devices, which take a millisecond
+        random.seed(value)
+        np.random.seed(value)
+        torch.default_generator.manual_seed(value)

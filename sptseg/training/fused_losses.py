@@ -11,6 +11,7 @@ __all__ = ['RADIUS', 'SIGMA', 'C1', 'C2', 'BELL', 'WINDOW', 'PIXELS', 'blur_axis
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -47,19 +48,22 @@ class Axis(NamedTuple):
     mean_square: Tensor  # GL, (H, 2h-1): parabolas through the points of `add_midpoints`, then filtered
 
 # %% ../../nbs/69_training.fused_losses.ipynb #61478146
+@lru_cache(maxsize=16)  # every iteration needs the same ones
+@torch.inference_mode(False)
 def make_axis(
     grid: int,  # h
     size: int,  # H, pixels
-    like: Tensor,  # gives dtype and device
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> Axis:
     """The matrices of one axis."""
-    device = "cpu" if like.device.type == "mps" else like.device  # Apple's GPU has no float64
-    identity = torch.eye(grid, dtype=like.dtype, device=device)
+    device = torch.device(device)
+    identity = torch.eye(grid, dtype=dtype, device="cpu" if device.type == "mps" else device)  # MPS has no float64
     resize = F.interpolate(identity[None], size, mode="linear", align_corners=False)[0].mT.double()
     add_midpoints = torch.cat([identity, (identity[1:] + identity[:-1]) / 2])
     parabola = torch.cat([resize * (2 * resize - 1), 4 * resize[:, 1:] * resize[:, :-1]], 1)
     matrices = (resize, blur_axis(resize, -2), add_midpoints, blur_axis(parabola, -2))
-    return Axis(*(matrix.to(like.device, like.dtype) for matrix in matrices))
+    return Axis(*(matrix.to(device, dtype) for matrix in matrices))
 
 
 def apply_separable(
@@ -234,10 +238,8 @@ class ChunkedMaskLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, masks: Tensor, label: Tensor, present: Tensor, auxiliary: str | None) -> tuple[Tensor, Tensor]:
-        maps, axes = (
-            masks.flatten(0, 1),
-            [make_axis(*sizes, masks) for sizes in zip(masks.shape[2:], label.shape[1:], strict=True)],
-        )
+        maps, sides = masks.flatten(0, 1), zip(masks.shape[2:], label.shape[1:], strict=True)
+        axes = [make_axis(*sizes, masks.dtype, masks.device) for sizes in sides]
         sums, gradients = masks.new_zeros(2), masks.new_zeros(2, *maps.shape)
         for index, target in chunk_masks(label, present, masks.dtype):
             with torch.enable_grad():
