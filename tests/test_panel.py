@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 import sptseg
-from sptseg.app.panel import LABELS, Panel, draw_view, example_images, png_bytes
+from sptseg.app.panel import LABELS, Panel, draw_view, png_bytes
+from sptseg.inference.images import example_images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIN_SIDE', 'MAX_SIDE', 'MAX_NAMES', 'DEJAVU', 'LEGEND', 'none_label', 'class_colours', 'font_file', 'region_centre',
-           'scale_nearest', 'blend', 'draw_names', 'add_legend', 'save_mask', 'query_legend', 'legend_digest',
-           'save_legend', 'Result']
+           'scale_nearest', 'drawn_size', 'blend', 'draw_names', 'add_legend', 'save_mask', 'query_legend',
+           'legend_digest', 'save_legend', 'Result']
 
 # %% ../../nbs/47_inference.results.ipynb #47a10002
 import base64
@@ -84,6 +84,14 @@ def scale_nearest(
     return values[rows[:, None], columns]
 
 # %% ../../nbs/47_inference.results.ipynb #47a10010
+def drawn_size(
+    shape: tuple[int, int],  # (H, W) of an image
+) -> tuple[int, int]:  # (h, w) of its drawing
+    """Choose the size at which an image is drawn."""
+    scale = min(max(MIN_SIDE, max(shape)), MAX_SIDE) / max(shape)
+    return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
+
+
 def blend(
     image: Tensor,  # (3, H, W) uint8
     labels: np.ndarray,  # (H, W)
@@ -91,9 +99,7 @@ def blend(
     opacity: float,  # of the colours, 0..1
 ) -> tuple[Image.Image, np.ndarray]:  # the coloured image and its labels, both at the size of an overlay
     """Mix the colours of the classes with the image; pixels of no class stay as they are."""
-    longer = max(labels.shape)
-    scale = min(max(MIN_SIDE, longer), MAX_SIDE) / longer
-    height, width = (max(1, round(side * scale)) for side in labels.shape)
+    height, width = drawn_size(labels.shape)
     photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((width, height))
     ids = scale_nearest(labels, (height, width)).astype(int)
     known = (ids < len(colours))[..., None]
@@ -204,8 +210,9 @@ class Result:
 
     def __repr__(self) -> str:
         height, width = self.labels.shape
-        found = ", ".join(f"{name} {share:.0%}" for name, share in list(self.shares().items())[:5])
-        return f"Result({self.stem}: {width}×{height} pixels, {len(self.classes)} names; {found})"
+        found = [f"{name} {share:.0%}" for name, share in list(self.shares().items())[:5]]
+        found, plural = ", ".join(found) or "none of them found", "s" * (len(self.classes) > 1)
+        return f"Result({self.stem}: {width}×{height} pixels, {len(self.classes)} name{plural}; {found})"
 
     @property
     def none(self) -> int:  # the label of a pixel that is none of the classes
@@ -240,6 +247,12 @@ class Result:
         if len(shares) > len(named):
             entries.append((f"and {len(shares) - len(named)} more", (255, 255, 255)))
         return add_legend(drawing, entries) if legend else drawing
+
+    def score_image(self, name: str) -> Image.Image:
+        """Draw the score map of one class, from dark (0) to bright (1)."""
+        height, width = drawn_size(self.labels.shape)
+        colours = matplotlib.colormaps["viridis"](np.clip(self.score(name), 0, 1))[..., :3]
+        return Image.fromarray((colours * 255).round().astype(np.uint8)).resize((width, height))
 
     def legend(self) -> dict:  # what the numbers in a mask mean and where they come from
         return query_legend(self.classes, self.model, self.options)
