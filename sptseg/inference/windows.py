@@ -119,8 +119,7 @@ MAX_QUERIES = 4096  # windows times queries decoded together
 class WindowFeatures:
     """The encoder's output for the n windows of one image."""
 
-    patches: Tensor  # (n, d, h, w), unit-norm
-    cls: Tensor  # (n, d), unit-norm
+    encoded: tuple[Tensor, ...]  # each with n windows along its first axis; patch embeddings (n, d, h, w) first
     places: list[tuple]  # positions of the windows, see `window_places`
     window: tuple[int, int]  # (height, width), pixels
     sides: tuple[int, int]  # (H, W) of the image that was cut into windows
@@ -145,9 +144,9 @@ def encode_windows(
     cut = [image[place] for image, some in zip(images, places, strict=True) for place in some]
     batches = (cut[first : first + WINDOWS_AT_ONCE] for first in range(0, len(cut), WINDOWS_AT_ONCE))
     outputs, counts = [model.encoder(torch.cat(batch)) for batch in batches], [len(some) for some in places]
-    patches, cls = (torch.cat(parts).split(counts) for parts in zip(*outputs, strict=True))
-    parts = zip(patches, cls, places, images, strict=True)
-    return [WindowFeatures(patches, cls, some, window, image.shape[-2:]) for patches, cls, some, image in parts]
+    encoded = zip(*(torch.cat(parts).split(counts) for parts in zip(*outputs, strict=True)), strict=True)
+    parts = zip(encoded, places, images, strict=True)
+    return [WindowFeatures(tensors, some, window, image.shape[-2:]) for tensors, some, image in parts]
 
 
 @torch.inference_mode()
@@ -158,7 +157,7 @@ def window_masks(
 ) -> Tensor:  # (n, C, h, w) mask logits
     """Decode the windows of one image."""
     count = max(1, min(WINDOWS_AT_ONCE, MAX_QUERIES // text[..., 0].numel()))
-    parts = zip(features.patches.split(count), features.cls.split(count), strict=True)
+    parts = zip(*(tensor.split(count) for tensor in features.encoded), strict=True)
     return torch.cat([model.decoder(*part, text) for part in parts])
 
 # %% ../../nbs/45_inference.windows.ipynb #feac8c3f

@@ -4,9 +4,12 @@
 
 # %% auto #0
 __all__ = ['OLD_NAMES', 'CROSS', 'relationship_descriptor', 'ZegCLIPCross', 'TaskTokenSelection', 'SGDCross', 'current_names',
-           'DecoderLayer', 'Decoder', 'selections', 'kept_share']
+           'DecoderLayer', 'DecoderOutputs', 'MaskDecoder', 'Decoder', 'selections', 'kept_share']
 
 # %% ../../nbs/34_models.decoder.ipynb #f92a5806
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,12 +52,15 @@ class ZegCLIPCross(nn.Module):
         scale = (queries.shape[-1] * self.num_heads) ** -0.5  # d_h^(-1/2) / N_h
         return scale * self.query(queries) @ self.key(feature_map.flatten(2).mT).mT
 
-    def forward(self, queries: Tensor, feature_map: Tensor) -> tuple[Tensor, Tensor]:  # y (B, C, d) and mask (B, C, N)
+    def heads(
+        self, queries: Tensor, feature_map: Tensor
+    ) -> Iterator[Tensor]:  # query, key, value, each (B, N_h, n, d_h)
         patches = feature_map.flatten(2).mT
-        query, key, value = (
-            linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for linear, x in ((self.query, queries), (self.key, patches), (self.value, patches))
-        )
+        for linear, x in ((self.query, queries), (self.key, patches), (self.value, patches)):
+            yield linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def forward(self, queries: Tensor, feature_map: Tensor) -> tuple[Tensor, Tensor]:  # y (B, C, d) and mask (B, C, N)
+        query, key, value = self.heads(queries, feature_map)
         logits = query @ key.mT * query.shape[-1] ** -0.5
         attended = F.dropout(logits.softmax(-1), self.dropout, self.training) @ value
         return self.projection(attended.transpose(1, 2).flatten(2)), logits.mean(1)
@@ -150,11 +156,27 @@ class DecoderLayer(nn.Module):
         hidden = self.dropout(self.linear1(queries).relu())
         return self.norm2(queries + self.dropout(self.linear2(hidden))), mask
 
+# %% ../../nbs/34_models.decoder.ipynb #34f00001
+class DecoderOutputs(NamedTuple):
+    """The outputs of a decoder that a loss needs."""
+
+    masks: Tensor  # (B, C, h, w) mask logits to predict with; pseudo-labels are chosen from them
+    supervised: dict[str, Tensor]  # mask logits that are compared with the label, by a prefix of their losses' names
+    losses: dict[str, Tensor]  # further losses, scalars without weight
+
+
+class MaskDecoder(nn.Module):
+    """A decoder: calling it with the encoder's outputs and class texts returns mask logits (B, C, h, w)."""
+
+    def outputs(self, *inputs: Tensor) -> DecoderOutputs:  # for training, of the same inputs
+        masks = self(*inputs)
+        return DecoderOutputs(masks, {"": masks}, {})
+
 # %% ../../nbs/34_models.decoder.ipynb #8f00c494
 CROSS = {"sgd": SGDCross, "zegclip": ZegCLIPCross}  # the decoders by name
 
 
-class Decoder(nn.Module):
+class Decoder(MaskDecoder):
     """Compute one mask per class from class texts and patch embeddings (Eq. 4 to 9)."""
 
     crosses = CROSS

@@ -8,6 +8,8 @@ __all__ = ['QUICKGELU_SLOPE', 'parse_blocks', 'embed_patches', 'cross_attention'
 
 # %% ../../nbs/32_models.encoder.ipynb #7beaee67
 import re
+from collections import deque
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -24,6 +26,7 @@ from .prompts import DeepPrompts, SpectralPrompt
 def parse_blocks(
     text: str,  # for instance "1-2", "11-12", "3", or "" for none
     num_blocks: int,  # number of blocks of the encoder
+    key: str = "spectral_blocks",  # of a recipe, for messages
 ) -> tuple[int, ...]:  # block numbers, counted from 1
     """Read a range of blocks; an impossible range raises `UserError`."""
     if not text:
@@ -31,9 +34,7 @@ def parse_blocks(
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= first <= last <= num_blocks:
-        raise UserError(
-            f"spectral_blocks: {text!r} is not a range of blocks within 1-{num_blocks}; write for instance '1-2'"
-        )
+        raise UserError(f"{key}: {text!r} is not a range of blocks within 1-{num_blocks}; write for instance '1-2'")
     return tuple(range(first, last + 1))
 
 # %% ../../nbs/32_models.encoder.ipynb #0231c6f1
@@ -53,13 +54,14 @@ def cross_attention(
     attention: nn.MultiheadAttention,  # of a block of CLIP
     queries: Tensor,  # (B, n, D), tokens that attend
     keys_values: Tensor,  # (B, m, D), tokens that are attended to
+    mask: Tensor | None = None,  # (n, m), added to the logits; None: all pairs attend
 ) -> Tensor:  # (B, n, D)
     """Multi-head attention from some tokens to others, computed without storing the attention matrix."""
     width, heads = queries.shape[-1], attention.num_heads
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
     query = F.linear(queries, weight[:width], bias[:width]).unflatten(-1, (heads, -1))
     key, value = F.linear(keys_values, weight[width:], bias[width:]).unflatten(-1, (2, heads, -1)).unbind(-3)
-    attended = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value)))
+    attended = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value)), attn_mask=mask)
     return F.linear(attended.transpose(1, 2).flatten(2), attention.out_proj.weight, attention.out_proj.bias)
 
 # %% ../../nbs/32_models.encoder.ipynb #f4aede3b
@@ -97,10 +99,12 @@ class PromptedBlock(nn.Module):
         block: nn.Module,  # one residual attention block of CLIP
         tokens: Tensor,  # [g, H], (B, 1 + N, D)
         prompts: Tensor | None,  # V, (B, M, D), or None for a block without prompts
+        mask: Tensor | None = None,  # (1 + N, 1 + N + M or more), see `cross_attention`
     ) -> Tensor:  # (B, 1 + N, D)
         normed = block.ln_1(tokens)
         keys_values = normed if prompts is None else torch.cat([normed, block.ln_1(prompts)], 1)
-        tokens = tokens + block.ls_1(cross_attention(block.attn, normed, keys_values))
+        mask = mask if mask is None else mask[:, : keys_values.shape[1]]
+        tokens = tokens + block.ls_1(cross_attention(block.attn, normed, keys_values, mask))
         return tokens + block.ls_2(quickgelu_mlp(block.mlp, block.ln_2(tokens)))
 
 # %% ../../nbs/32_models.encoder.ipynb #e714dd82
@@ -129,22 +133,38 @@ class PromptedEncoder(nn.Module):
         self.visual.eval()
         return self
 
-    def add_spectral(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:  # (B, 1 + N, D) → same
-        cls, patches = tokens[:, 0], tokens[:, 1:]
-        return torch.cat([cls[:, None], patches + self.spectral_prompt(cls, patches, grid)], 1)
+    def add_spectral(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:  # (B, 1 + N or more, D) → same
+        cls, patches, others = tokens.split([1, grid[0] * grid[1], tokens.shape[1] - 1 - grid[0] * grid[1]], 1)
+        return torch.cat([cls, patches + self.spectral_prompt(cls[:, 0], patches, grid), others], 1)
 
-    def forward(
-        self,
-        images: Tensor,  # (B, 3, H, W), normalised
-    ) -> tuple[Tensor, Tensor]:  # patch embeddings (B, d, h, w) and cls embedding (B, d), unit-norm
-        grid = tuple(side // size for side, size in zip(images.shape[-2:], self.visual.patch_size, strict=True))
-        tokens = embed_patches(self.visual, images, self.class_embedding_count)
+    def embed(self, images: Tensor) -> Tensor:  # (B, 1 + N, D), the input of the first block
+        return embed_patches(self.visual, images, self.class_embedding_count)
+
+    def attention_mask(self, grid: tuple[int, int]) -> Tensor | None:  # of all blocks, see `cross_attention`
+        return None
+
+    def run_blocks(self, images: Tensor, grid: tuple[int, int]) -> Iterator[Tensor]:  # the tokens after each block
+        tokens, mask = self.embed(images), self.attention_mask(grid)
         prompts, run = self.deep_prompts(images.shape[0]), self.run_block
         if self.checkpointing and torch.is_grad_enabled():  # frozen blocks draw no random numbers
             run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         for index, block in enumerate(self.visual.transformer.resblocks):
             if index + 1 in self.spectral_blocks:
                 tokens = self.add_spectral(tokens, grid)
-            tokens = run(block, tokens, prompts[index] if index < len(prompts) else None)
-        embeddings = F.normalize(self.visual.ln_post(self.prompt_norm(tokens)) @ self.visual.proj, dim=-1)
+            tokens = run(block, tokens, prompts[index] if index < len(prompts) else None, mask=mask)
+            yield tokens
+
+    def project(self, tokens: Tensor) -> Tensor:  # (B, n, D) → (B, n, d), unit-norm, by CLIP's own layers
+        return F.normalize(self.visual.ln_post(tokens) @ self.visual.proj, dim=-1)
+
+    def grid_of(self, images: Tensor) -> tuple[int, int]:  # (h, w), patches
+        return tuple(side // size for side, size in zip(images.shape[-2:], self.visual.patch_size, strict=True))
+
+    def forward(
+        self,
+        images: Tensor,  # (B, 3, H, W), normalised
+    ) -> tuple[Tensor, Tensor]:  # patch embeddings (B, d, h, w) and cls embedding (B, d), unit-norm
+        grid = self.grid_of(images)
+        [tokens] = deque(self.run_blocks(images, grid), maxlen=1)  # those after the last block
+        embeddings = self.project(self.prompt_norm(tokens))
         return embeddings[:, 1:].mT.unflatten(2, grid), embeddings[:, 0]

@@ -73,7 +73,6 @@ def read_checkpoint(
     optimizer: torch.optim.Optimizer,
 ) -> tuple[int, dict]:  # iterations done and history
     """Restore model and optimizer from one file; a damaged or unsuitable one raises `UserError`."""
-    wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         tensors, iteration, history = (state[key] for key in ("model", "iteration", "history"))
@@ -83,7 +82,9 @@ def read_checkpoint(
         raise UserError(f"{path}: damaged checkpoint ({problem}); delete it to continue without it") from None
     check_moments(optimizer, path)
     found = current_names(plain_weights(named_tensors(tensors, path), path))
-    load_exactly(wanted, found, path, "continue with the recipe and version that wrote it, or delete it")
+    load_exactly(
+        model.stored_tensors(), found, path, "continue with the recipe and version that wrote it, or delete it"
+    )
     return iteration, history
 
 # %% ../../nbs/63_training.checkpoint.ipynb #e0393c24

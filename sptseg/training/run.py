@@ -24,12 +24,13 @@ from ..data.integrity import read_batches
 from ..data.label_sets import train_class_ids
 from ..evaluation.evaluate import load_parts, read_notes
 from ..models.clip import ClipModel
+from ..models.decoder import DecoderOutputs
 from ..models.segmenter import Segmenter, build_segmenter, load_segmenter
 from ..recipe import Recipe, learning_rate
 from .batches import Batch, device_batches, set_iteration_seed, train_loader
 from .checkpoint import checkpoint_path, checkpoints, load_checkpoint, save_checkpoint
 from .dead_start import dead_start_check
-from .losses import pseudo_label, segmentation_loss
+from .losses import pseudo_label, training_loss
 from .mask_losses import present_classes
 
 # %% ../../nbs/65_training.run.ipynb #95ead86d
@@ -114,12 +115,12 @@ class Run:
         if self.stopping:
             raise KeyboardInterrupt
 
-    def masks(self, images: Tensor, text: Tensor, part: int) -> Tensor:  # of one micro-batch
+    def outputs(self, images: Tensor, text: Tensor, part: int) -> DecoderOutputs:  # of one micro-batch
         recipe, rank = self.recipe, self.accelerator.process_index
         set_iteration_seed(recipe.seed, self.done, rank * recipe.gradient_accumulation_steps + part)
         bf16 = recipe.mixed_precision == "bf16"
         with torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16, enabled=bf16):
-            return self.model(images, text).float()
+            return self.model(images, text, outputs=True)
 
     def gauges(self, iterations: int) -> dict[str, float]:  # of the last iterations, for the tracker
         seconds = time.monotonic() - self.clock
@@ -141,11 +142,12 @@ def compute_gradients(
     """Forward and backward passes of one batch: sets the gradients and leaves the weights unchanged."""
     labels, parts = run.benchmark.labels, run.recipe.gradient_accumulation_steps
     images, label = batch.images.chunk(parts), batch.label.chunk(parts)
-    text, masks = run.text[list(train_class_ids(labels, setting))], [None] * parts
+    text, outputs = run.text[list(train_class_ids(labels, setting))], []
     if setting == "transductive":
         with torch.set_grad_enabled(parts == 1):
-            masks = [run.masks(some, text, part) for part, some in enumerate(images)]
-        label = [pseudo_label(*pair, labels.unseen) for pair in zip(masks, label, strict=True)]
+            outputs = [run.outputs(some, text, part) for part, some in enumerate(images)]
+        pairs = zip(outputs, label, strict=True)
+        label = [pseudo_label(found.masks.float(), some, labels.unseen) for found, some in pairs]
     if batch.present is None:
         present = [present_classes(some, len(text)) for some in label]
     else:
@@ -156,9 +158,9 @@ def compute_gradients(
     sums = {}
     for part in range(parts):
         with run.accelerator.no_sync(run.model) if part < parts - 1 else nullcontext():
-            some = masks[0] if parts == 1 and masks[0] is not None else run.masks(images[part], text, part)
+            found = outputs[0] if parts == 1 and outputs else run.outputs(images[part], text, part)
             known = {"num_masks": num_masks, "present": present[part]}
-            terms = segmentation_loss(some, label[part], **known, **run.recipe.loss_options())
+            terms = training_loss(found, label[part], **known, **run.recipe.loss_options())
             run.accelerator.backward(terms["loss"] / parts)
         for name, term in terms.items():
             sums[name] = sums.get(name, 0) + term.detach() / parts
@@ -214,7 +216,7 @@ def write_state(
 ) -> None:
     """Write a checkpoint, in whichever process calls it; all of them hold the same state."""
     read_losses(run)
-    tensors, keep = run.segmenter.trained_tensors(), run.recipe.keep_checkpoints
+    tensors, keep = run.segmenter.stored_tensors(), run.recipe.keep_checkpoints
     save_checkpoint(run.out, run.done, tensors, run.optimizer, run.history, keep)
 
 # %% ../../nbs/65_training.run.ipynb #6d9e2265
