@@ -77,7 +77,8 @@ def full_size(method, prompts):
 
 def small(method="spt-seg", size=32, **settings):
     visual = VisionTransformer(32, 8, width=32, layers=3, heads=2, mlp_ratio=4, output_dim=32, act_layer=QuickGELU)
-    settings = {"image_size": size, "num_prompts": 3, **settings}
+    parts = {"clip-rc": {"regions": 2}, "cascade-clip": {"tapped_blocks": "1-2"}}  # fit three blocks
+    settings = {"image_size": size, "num_prompts": 3, **parts.get(method, {}), **settings}
     return build_segmenter(visual, METHODS[method].model_copy(update=settings)).eval()
 
 

@@ -1,4 +1,4 @@
-"""The four methods as one module, sliding windows against a loop, and files that are refused when they do not fit."""
+"""All methods as one module, sliding windows against a loop, and files that are refused when they do not fit."""
 
 import json
 
@@ -27,6 +27,7 @@ from sptseg.models.segmenter import METHODS, build_segmenter, load_segmenter, re
 from sptseg.training.checkpoint import load_checkpoint, save_checkpoint
 
 SMALL = {"image_size": 32, "num_prompts": 3}
+PARTS = {"clip-rc": {"regions": 2}, "cascade-clip": {"tapped_blocks": "1-2"}}  # fit three blocks and 4×4 patches
 TEXT = F.normalize(torch.randn(5, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
 
 
@@ -37,7 +38,7 @@ def make_visual(width=24):
 
 def make(method="spt-seg", visual=None, **options):
     torch.manual_seed(0)
-    config = METHODS[method].model_copy(update={**SMALL, **options})
+    config = METHODS[method].model_copy(update={**SMALL, **PARTS.get(method, {}), **options})
     return build_segmenter(visual or make_visual(), config).eval()
 
 
@@ -46,16 +47,19 @@ def make(method="spt-seg", visual=None, **options):
 def test_every_trained_tensor_gets_a_gradient_and_clip_none(method, layers):
     torch.manual_seed(0)
     model = make(method, decoder_layers=layers).train()
-    model(torch.randn(4, 3, 32, 32), TEXT).square().sum().backward()
+    outputs = model(torch.randn(4, 3, 32, 32), TEXT, outputs=True)
+    (outputs.masks.square().sum() + sum(outputs.losses.values())).backward()
     trained = model.trained_tensors()
     assert not [name for name, tensor in trained.items() if tensor.grad is None]
     assert all(tensor.grad is None for tensor in model.encoder.visual.parameters())
     visual = {f"encoder.visual.{name}" for name, _ in model.encoder.visual.named_parameters()}
-    assert trained.keys() == {name for name, _ in model.named_parameters()} - visual
+    assert model.stored_tensors().keys() == {name for name, _ in model.named_parameters()} - visual
+    frozen = {name for name in model.stored_tensors() if name.startswith(("encoder.region", "encoder.tap_"))}
+    assert bool(frozen) == (method in PARTS) and trained.keys() == model.stored_tensors().keys() - frozen
 
 
 def test_methods_are_made_of_the_two_parts():
-    for method in METHODS:
+    for method in METHODS.keys() - PARTS:
         model = make(method)
         assert (model.encoder.spectral_prompt is not None) == (method in ("spt-seg", "zegclip+spt"))
         assert hasattr(model.decoder.last, "hilo") == (method in ("spt-seg", "zegclip+sgd"))
@@ -208,7 +212,7 @@ def saved(tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_saved_model_answers_the_same(tmp_path, method):
     model, images = make(method, decoder_layers=2, class_embedding_count=1), torch.randn(2, 3, 32, 32)
-    for tensor in model.trained_tensors().values():
+    for tensor in model.stored_tensors().values():
         tensor.data += 0.1 * torch.randn_like(tensor)
     path = save_segmenter(tmp_path / "folder/model.safetensors", model, clip="tiny", method=method)
     torch.manual_seed(9)
@@ -225,7 +229,7 @@ def test_equal_models_give_equal_files(saved, tmp_path):
 
 def test_clip_is_not_in_the_file(saved):
     model, stored = make(), load_file(saved)
-    assert stored.keys() == model.trained_tensors().keys() and not any("visual" in name for name in stored)
+    assert stored.keys() == model.stored_tensors().keys() and not any("visual" in name for name in stored)
     assert saved.stat().st_size < 4 * sum(tensor.numel() for tensor in stored.values()) + 20_000, "nothing else is"
     assert [path.name for path in saved.parent.iterdir()] == ["model.safetensors"]
 
@@ -247,7 +251,7 @@ def test_files_with_old_names_of_tensors_load(tmp_path, method):
     old = with_old_names(load_file(path))
     assert old.keys() != load_file(path).keys()
     rewrite(path, old)
-    assert read_segmenter_file(path)[2].keys() == model.trained_tensors().keys()
+    assert read_segmenter_file(path)[2].keys() == model.stored_tensors().keys()
     again = load_segmenter(path, make_visual(), clip="tiny")
     assert torch.equal(again(images, TEXT), model(images, TEXT))
 

@@ -9,6 +9,7 @@ __all__ = ['patch_regions', 'attention_allowed', 'RegionEncoder', 'UpdateCross',
 # %% ../../nbs/48_models.regions.ipynb #48a00003
 from collections import deque
 
+import numpy as np
 import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
@@ -28,27 +29,28 @@ from .encoder import PromptedEncoder
 def patch_regions(
     grid: tuple[int, int],  # (h, w), patches
     regions: int,  # r, regions per side
-) -> Tensor:  # (h, w) int64: the region of each patch in row order, -1 for none
+) -> np.ndarray:  # (h, w) int64: the region of each patch in row order, -1 for none
     """Assign patches to regions; more regions than patches per side raise `UserError`."""
     if min(grid) < regions:
         raise UserError(f"regions: {regions} per side do not fit {grid[0]}x{grid[1]} patches; use fewer regions")
-    rows, columns = (torch.arange(side) // (side // regions) for side in grid)
+    rows, columns = (np.arange(side) // (side // regions) for side in grid)
     inside = (rows < regions)[:, None] & (columns < regions)
-    return torch.where(inside, rows[:, None] * regions + columns, -1)
+    return np.where(inside, rows[:, None] * regions + columns, -1)
 
 # %% ../../nbs/48_models.regions.ipynb #48a00009
 def attention_allowed(
     grid: tuple[int, int],  # (h, w), patches
     regions: int,  # r, regions per side
     num_prompts: int,  # M
-) -> Tensor:  # (1 + N + R, 1 + N + R + M) bool; order of rows: cls, patches, regions; of columns: these, then prompts
+) -> (
+    np.ndarray
+):  # (1 + N + R, 1 + N + R + M) bool; order of rows: cls, patches, regions; of columns: these, then prompts
     """The pairs of tokens of which the first attends to the second."""
-    own = patch_regions(grid, regions).flatten()[:, None] == torch.arange(regions**2)
-    own = torch.cat([torch.zeros(1, regions**2, dtype=torch.bool), own])  # the class token has no region
-    count = len(own)
-    upper = torch.cat([torch.ones(count, count), own, torch.ones(count, num_prompts)], 1)
-    lower = torch.cat([own.mT, torch.eye(regions**2), torch.zeros(regions**2, num_prompts)], 1)
-    return torch.cat([upper, lower]).bool()
+    own = patch_regions(grid, regions).flatten()[:, None] == np.arange(regions**2)
+    own = np.concatenate([np.zeros((1, regions**2)), own])  # the class token has no region
+    everyone = np.ones((len(own), len(own)))
+    upper, lower = [everyone, own, np.ones((len(own), num_prompts))], [own.T, np.eye(regions**2)]
+    return np.block([upper, [*lower, np.zeros((regions**2, num_prompts))]]).astype(bool)
 
 # %% ../../nbs/48_models.regions.ipynb #48a00012
 class RegionEncoder(PromptedEncoder):
@@ -73,7 +75,9 @@ class RegionEncoder(PromptedEncoder):
 
     def attention_mask(self, grid: tuple[int, int]) -> Tensor:  # see `attention_allowed`
         num_prompts = self.deep_prompts.embeddings.shape[1]
-        return attention_allowed(grid, self.regions, num_prompts).to(self.region_tokens.device)
+        grid = tuple(int(side) for side in grid)  # also while a recorder makes tensors of them
+        allowed = torch.from_numpy(attention_allowed(grid, self.regions, num_prompts))
+        return allowed.to(self.region_tokens.device)
 
     def forward(
         self,
@@ -142,7 +146,7 @@ class RecoveryDecoder(nn.Module):
         self.query_out, self.feature_out = nn.Linear(width, 2 * width), nn.Linear(width, width)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
     def forward(self, queries: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:  # (B, R·C, 2d) and (B, N, d)

@@ -156,6 +156,7 @@ FREE = {
     "movedim",
     "expand_as",
     "view_as_complex",
+    "lift_fresh",
     "pad",
     "clone",
     "alias",

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['UNUSED', 'UNUSED_WITH_SGD', 'UNUSED_IN_LAST_LAYER', 'PREFIXES', 'FIRST_PROMPTS', 'OTHER_PROMPTS', 'PROMPTS', 'LAYER',
-           'HILO_HEADS', 'our_name', 'reason_to_leave_out', 'Translation', 'translate_state', 'part', 'needed', 'fill',
-           'build_visual', 'filter_grid', 'read_encoder', 'count_heads', 'read_decoder', 'read_segmenter', 'read_layer']
+           'STACKS', 'HILO_HEADS', 'stack_of', 'our_name', 'reason_to_leave_out', 'Translation', 'translate_state',
+           'part', 'needed', 'fill', 'build_visual', 'filter_grid', 'square_side', 'read_encoder', 'count_heads',
+           'read_decoder', 'read_segmenter', 'read_layer']
 
 # %% ../../nbs/70_releases.names.ipynb #1fe898a9
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -16,9 +18,11 @@ from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor, nn
 
 from ..core import UserError
-from ..models.decoder import CROSS, Decoder, DecoderLayer
+from ..models.cascade import CascadeDecoder, TapEncoder
+from ..models.decoder import CROSS, Decoder, DecoderLayer, MaskDecoder
 from ..models.encoder import PromptedEncoder
 from ..models.prompts import DeepPrompts, SpectralPrompt
+from ..models.regions import RegionDecoder, RegionEncoder
 from ..models.segmenter import Segmenter, SegmenterConfig
 from ..models.weights import load_exactly
 
@@ -41,8 +45,18 @@ PREFIXES = {  # official prefix: ours; the first match is used
     "backbone.prompt_proj.": "encoder.deep_prompts.projection.",
     "backbone.prompt_norm.": "encoder.prompt_norm.",
     "backbone.complex_weight": "encoder.spectral_prompt.filter",
+    "backbone.region_level_bridge": "encoder.region_tokens",
+    "backbone.ln_layers.": "encoder.tap_norms.",
+    "backbone.proj_layers": "encoder.tap_projections",
     "backbone.": "encoder.visual.",
     "decode_head.q_proj.": "decoder.query_projection.",
+    "decode_head.lateral_proj.": "decoder.feature_projection.",
+    "decode_head.recovery_decoder.linear_q_in.": "decoder.recovery.query_in.",
+    "decode_head.recovery_decoder.linear_k_in.": "decoder.recovery.feature_in.",
+    "decode_head.recovery_decoder.linear_q_out.": "decoder.recovery.query_out.",
+    "decode_head.recovery_decoder.linear_k_out.": "decoder.recovery.feature_out.",
+    **{f"decode_head.q_projs.{stage}.": f"decoder.stages.{stage}.query_projection." for stage in range(3)},
+    **{f"decode_head.weights_s{group}": f"decoder.mixing.{group - 1}" for group in (1, 2)},
     "hlfs.prompt": "cross.selection.task_token",
     "hlfs.top_down_transform": "cross.selection.transform",
     "hlfs.l_q.": "cross.hilo.low.query.",
@@ -61,7 +75,23 @@ PREFIXES = {  # official prefix: ours; the first match is used
 }
 FIRST_PROMPTS, OTHER_PROMPTS = "backbone.prompt_embeddings", "backbone.deep_prompt_embeddings"
 PROMPTS = "encoder.deep_prompts.embeddings"
-LAYER = re.compile(r"decode_head\.decoder_\d+\.layers\.(\d+)\.(.*)")
+LAYER = re.compile(r"decode_head\.(.*?)(\d+)\.((?:self_attn|multihead_attn|hlfs|linear[12]|norm[123])\..*)")
+STACKS = {  # pattern of an official stack of layers: ours; {} is the index of a layer that is used entirely
+    r"decoder_\d+\.layers\.": "decoder.",
+    r"cascade_decoders\.(\d+)\.layers\.": r"decoder.stages.\1.",
+    r"decoder_q\.layers\.": "decoder.layers.{}.queries.",
+    r"decoder_v\.layers\.": "decoder.layers.{}.features.",
+    r"recovery_decoder\.decouple_q\.": "decoder.recovery.layers.{}.queries.",
+    r"recovery_decoder\.decouple_v\.": "decoder.recovery.layers.{}.features.",
+}
+
+
+def stack_of(
+    layer: re.Match,  # of `LAYER`
+) -> str | None:  # our name of the stack; None for an unknown one
+    """Translate the name of a stack of decoder layers."""
+    matches = ((re.fullmatch(pattern, layer[1]), ours) for pattern, ours in STACKS.items())
+    return next((match.expand(ours) for match, ours in matches if match), None)
 
 
 def our_name(
@@ -70,17 +100,15 @@ def our_name(
 ) -> str:  # the name in a `Segmenter`
     """Translate one name; an unknown name raises `UserError`."""
     layer = LAYER.fullmatch(official)
-    inside = layer[2] if layer else official
+    stack, inside = (stack_of(layer), layer[3]) if layer else ("", official)
     for prefix, ours in PREFIXES.items():
-        if inside.startswith(prefix):
+        if inside.startswith(prefix) and stack is not None:
             renamed = ours + inside[len(prefix) :]
-            if not layer:
-                return renamed
-            is_last = int(layer[1]) == last_layer
-            return (
-                f"decoder.last.{renamed.removeprefix('cross.')}" if is_last else f"decoder.layers.{layer[1]}.{renamed}"
-            )
-    raise UserError(f"{official}: no parameter of ZegCLIP or SPT-SEG has this name; check where the weights come from")
+            if not layer or "{}" in stack:
+                return stack.format(layer and layer[2]) + renamed
+            is_last = int(layer[2]) == last_layer
+            return stack + (f"last.{renamed.removeprefix('cross.')}" if is_last else f"layers.{layer[2]}.{renamed}")
+    raise UserError(f"{official}: no parameter of a known method has this name; check where the weights come from")
 
 # %% ../../nbs/70_releases.names.ipynb #dfc11e47
 def reason_to_leave_out(
@@ -92,8 +120,8 @@ def reason_to_leave_out(
     layer = LAYER.fullmatch(official)
     rules = {**UNUSED, **(UNUSED_WITH_SGD if has_sgd else {})}
     reasons = [reason for pattern, reason in rules.items() if re.fullmatch(pattern, official)]
-    if layer and int(layer[1]) == last_layer:
-        reasons += [reason for pattern, reason in UNUSED_IN_LAST_LAYER.items() if re.fullmatch(pattern, layer[2])]
+    if layer and int(layer[2]) == last_layer and "{}" not in (stack_of(layer) or ""):
+        reasons += [reason for pattern, reason in UNUSED_IN_LAST_LAYER.items() if re.fullmatch(pattern, layer[3])]
     return reasons[0] if reasons else None
 
 # %% ../../nbs/70_releases.names.ipynb #0e120be1
@@ -111,7 +139,7 @@ def translate_state(
     state: dict[str, Tensor],  # by official names
 ) -> Translation:  # every name is loaded or left out with a reason
     """Translate the names of a release's state dict."""
-    layers = {int(match[1]) for match in map(LAYER.fullmatch, state) if match}
+    layers = {int(match[2]) for match in map(LAYER.fullmatch, state) if match and "decouple" not in match[1]}
     last, has_sgd = max(layers, default=-1), any(".hlfs." in name for name in state)
     reasons = {name: reason_to_leave_out(name, last, has_sgd) for name in state}
     read = [name for name, reason in reasons.items() if reason is None and name not in (FIRST_PROMPTS, OTHER_PROMPTS)]
@@ -178,22 +206,41 @@ def filter_grid(
     return height, height if height // 2 + 1 == columns else 2 * (columns - 1)
 
 # %% ../../nbs/70_releases.names.ipynb #a9848e16
+def square_side(
+    tokens: Tensor,  # (R, D), region tokens
+) -> int:  # r
+    """The number of regions per side; R that is no square raises `UserError`."""
+    side = math.isqrt(len(tokens))
+    if side**2 != len(tokens):
+        raise UserError(f"region_level_bridge: {len(tokens)} region tokens do not form a square; check the weights")
+    return side
+
+
 def read_encoder(
     translation: Translation,
     *,
     heads: int | None = None,  # see `build_visual`
+    tapped_blocks: tuple[int, ...] | None = None,  # of Cascade-CLIP, counted from 1; None: those before the last block
 ) -> PromptedEncoder:  # in evaluation mode
     """The prompted encoder of a release."""
     tensors = part(translation.tensors, "encoder.")
     visual, prompts = build_visual(part(tensors, "visual."), heads), needed(tensors, PROMPTS.removeprefix("encoder."))
-    width, patch = visual.conv1.out_channels, visual.patch_size[0]
+    width, patch, blocks = visual.conv1.out_channels, visual.patch_size[0], len(visual.transformer.resblocks)
     values = tensors.get("spectral_prompt.filter")
-    encoder = PromptedEncoder(
-        visual=visual,
-        deep_prompts=DeepPrompts(num_blocks=len(prompts), num_prompts=prompts.shape[1], width=width, patch_size=patch),
-        spectral_prompt=None if values is None else SpectralPrompt(grid=filter_grid(values), width=width),
-        spectral_blocks=() if values is None else (1, 2)[: len(visual.transformer.resblocks)],
-    )
+    deep = DeepPrompts(num_blocks=len(prompts), num_prompts=prompts.shape[1], width=width, patch_size=patch)
+    options = {
+        "visual": visual,
+        "deep_prompts": deep,
+        "spectral_prompt": None if values is None else SpectralPrompt(grid=filter_grid(values), width=width),
+        "spectral_blocks": () if values is None else (1, 2)[:blocks],
+    }
+    if "region_tokens" in tensors:
+        encoder = RegionEncoder(regions=square_side(tensors["region_tokens"]), **options)
+    elif "tap_projections" in tensors:
+        taps = tapped_blocks or tuple(range(blocks - len(tensors["tap_projections"]), blocks))
+        encoder = TapEncoder(tapped_blocks=taps, **options)
+    else:
+        encoder = PromptedEncoder(**options)
     fill(encoder, tensors)
     return encoder.eval()
 
@@ -213,12 +260,19 @@ def read_decoder(
     translation: Translation,
     *,
     heads: int = 8,  # see `count_heads`
-) -> Decoder:  # in evaluation mode
+) -> MaskDecoder:  # in evaluation mode
     """The decoder of a release."""
-    tensors = part(translation.tensors, "decoder.")
-    width = len(needed(tensors, "query_projection.bias"))
-    kind, num_layers = translation.decoder, translation.decoder_layers
-    decoder = Decoder(kind=kind, width=width, num_layers=num_layers, num_heads=count_heads(kind, heads))
+    tensors, kind = part(translation.tensors, "decoder."), translation.decoder
+    options = {"num_layers": translation.decoder_layers, "num_heads": count_heads(kind, heads)}
+    if "feature_projection.bias" in tensors:
+        recovery = len({name.split(".")[2] for name in tensors if name.startswith("recovery.layers.")})
+        width = len(tensors["feature_projection.bias"])
+        decoder = RegionDecoder(width=width, recovery_layers=recovery, **options)
+    elif "mixing.0" in tensors:
+        width, taps = len(needed(tensors, "stages.0.query_projection.bias")), 2 * len(tensors["mixing.0"])
+        decoder = CascadeDecoder(kind=kind, width=width, num_taps=taps, **options)
+    else:
+        decoder = Decoder(kind=kind, width=len(needed(tensors, "query_projection.bias")), **options)
     fill(decoder, tensors)
     return decoder.eval()
 
@@ -229,11 +283,19 @@ def read_segmenter(
     image_size: int = 512,  # side of the training crops
     heads: int | None = None,  # of the encoder, see `build_visual`
     decoder_heads: int = 8,  # see `count_heads`; `save_segmenter` does not store this number
+    tapped_blocks: tuple[int, ...] | None = None,  # see `read_encoder`
 ) -> tuple[Segmenter, dict[str, str]]:  # the model in evaluation mode; the names left out, with reasons
     """Load a release's state dict into a `Segmenter`."""
     translation = translate_state(state)
-    encoder = read_encoder(translation, heads=heads)
+    encoder = read_encoder(translation, heads=heads, tapped_blocks=tapped_blocks)
     decoder = read_decoder(translation, heads=decoder_heads)
+    for part_of_decoder, name in (
+        (RegionDecoder, "encoder.region_tokens"),
+        (CascadeDecoder, "encoder.tap_projections"),
+    ):
+        if isinstance(decoder, part_of_decoder):
+            needed(translation.tensors, name)
+    taps = getattr(encoder, "tapped_blocks", ())
     prompted = len(encoder.deep_prompts.embeddings)
     config = SegmenterConfig(
         decoder=translation.decoder,
@@ -242,6 +304,8 @@ def read_segmenter(
         num_prompts=encoder.deep_prompts.embeddings.shape[1],
         prompted_blocks=None if prompted == len(encoder.visual.transformer.resblocks) else prompted,  # None: all
         image_size=image_size,
+        regions=getattr(encoder, "regions", 0),
+        tapped_blocks=f"{taps[0]}-{taps[-1]}" if taps else "",
     )
     return Segmenter(encoder=encoder, decoder=decoder, config=config).eval(), translation.left_out
 
@@ -256,7 +320,7 @@ def read_layer(
     kept = {
         name: tensor
         for name, tensor in state.items()
-        if not (LAYER.fullmatch(name) and int(LAYER.fullmatch(name)[1]) > index)
+        if not (LAYER.fullmatch(name) and int(LAYER.fullmatch(name)[2]) > index)
     }
     following = {
         re.sub(r"layers\.\d+", f"layers.{index + 1}", name): tensor

@@ -1,0 +1,133 @@
+"""CLIP-RC and Cascade-CLIP against the numbers of their authors' code, and the parts that these numbers cannot show."""
+
+import json
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+from open_clip.transformer import QuickGELU, VisionTransformer
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from sptseg.core import UserError
+from sptseg.models.segmenter import METHODS, build_segmenter, load_segmenter, save_segmenter
+from sptseg.paper.complexity import count_values, vit_b_16
+from sptseg.recipe import check_recipe
+from sptseg.releases.names import our_name, read_segmenter, reason_to_leave_out
+from sptseg.releases.reference import check_reference, read_manifest
+
+FOLDER = Path(__file__).parent / "reference_family"
+CASES = read_manifest(FOLDER)
+FULL = json.loads((FOLDER / "full_scale.json").read_text())
+REPOS = {"clip_rc": "clip-rc", "cascade_clip": "cascade-clip"}
+
+
+def test_the_authors_vectors_are_reproduced():
+    lines = []
+    assert check_reference(FOLDER, report=lines.append), [line for line in lines if "FAIL" in line]
+    stored = sum(sum(key.startswith("output.") for key in load_file(FOLDER / case["file"])) for case in CASES.values())
+    assert sum("  ok" in line for line in lines) == stored
+
+
+def test_the_set_is_as_it_was_recorded():
+    for case in CASES.values():
+        assert sha256((FOLDER / case["file"]).read_bytes()).hexdigest() == case["sha256"]
+    assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 6_000_000
+
+
+def trained_state(name):
+    """A train case, and the weights of its model by official names."""
+    case = CASES[name]
+    tensors = load_file(FOLDER / case["state_from"])
+    return case, {key.removeprefix("state."): t for key, t in tensors.items() if key.startswith("state.")}
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case["kind"] == "train"])
+def test_what_is_trained_frozen_or_left_out_is_what_it_is_in_the_authors_code(name):
+    case, state = trained_state(name)
+    backbone = case["config"]["backbone"]
+    model, left_out = read_segmenter(state, image_size=64, heads=backbone["heads"])
+    last = model.config.decoder_layers - 1
+    unused = {name for name in state if reason_to_leave_out(name, last, False) is not None}
+    assert set(case["requires_grad_but_never_used"]) <= unused == set(left_out)
+    trained = model.trained_tensors().keys()
+    prompts = {"backbone.prompt_embeddings", "backbone.deep_prompt_embeddings"}
+    ours = {name for name in state.keys() - prompts - unused if our_name(name, last) in trained}
+    assert ours | prompts | set(case["requires_grad_but_never_used"]) == set(case["requires_grad"])
+
+
+@pytest.mark.parametrize("repo", REPOS)
+def test_parameters_at_full_size(repo):
+    for case, record in FULL[repo].items():
+        prompts = int(case.split("_")[1])
+        with torch.device("meta"):
+            model = build_segmenter(vit_b_16(), METHODS[REPOS[repo]].model_copy(update={"num_prompts": prompts}))
+        assert count_values(model, trained=True) == record["really_trained"]
+        frozen = sum(t.numel() for t in model.stored_tensors().values()) - record["really_trained"]
+        assert frozen == sum(record["frozen_in_backbone_and_not_in_clip"].values())
+
+
+def small(method="clip-rc", **options):
+    torch.manual_seed(0)
+    visual = VisionTransformer(32, 8, 24, 4, 2, 2.0, output_dim=16, act_layer=QuickGELU)
+    parts = {"clip-rc": {"regions": 2}, "cascade-clip": {"tapped_blocks": "2-3"}}[method]
+    config = METHODS[method].model_copy(update={"image_size": 32, "num_prompts": 3, **parts, **options})
+    return visual, build_segmenter(visual, config).eval()
+
+
+@pytest.mark.parametrize("method", REPOS.values())
+def test_added_parameters_may_be_trained(method):
+    added = {name for name in small(method)[1].stored_tensors() if "region_tokens" in name or "tap_" in name}
+    model = small(method, freeze_added=False)[1]
+    assert added and added <= model.trained_tensors().keys()
+    outputs = model(torch.randn(2, 3, 32, 32), F.normalize(torch.randn(4, 16), dim=-1), outputs=True)
+    (outputs.masks.square().sum() + sum(outputs.losses.values())).backward()
+    assert all(model.get_parameter(name).grad.abs().max() > 0 for name in added)
+
+
+def test_taps_are_stored_and_never_drawn_again(tmp_path):
+    visual, model = small("cascade-clip")
+    path = save_segmenter(tmp_path / "model.safetensors", model, clip="tiny")
+    torch.manual_seed(7)
+    again = load_segmenter(path, visual, clip="tiny")
+    assert torch.equal(again.encoder.tap_projections, model.encoder.tap_projections)
+    tensors = load_file(path)
+    del tensors["encoder.tap_projections"]
+    metadata = {"sptseg": json.dumps({"clip": "tiny", "config": model.config.model_dump()})}
+    save_file(tensors, path, metadata)
+    with pytest.raises(UserError, match="tap_projections"):
+        load_segmenter(path, visual, clip="tiny")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "culprit"),
+    [
+        ("clip-rc", {"regions": 5}, "regions: 5 per side do not fit 4x4 patches"),
+        ("cascade-clip", {"tapped_blocks": "2-4"}, "tapped_blocks: '2-4' is not a range of blocks within 1-3"),
+        ("cascade-clip", {"tapped_blocks": "1-3"}, "tapped_blocks: 3 blocks cannot form two equal groups"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(method, options, culprit):
+    with pytest.raises(UserError, match=culprit):
+        small(method, **options)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"regions": 4}, {"method": "clip-rc", "tapped_blocks": "1-2"}, {"method": "zegclip", "freeze_added": True}],
+)
+def test_keys_of_other_methods_are_refused(settings):
+    with pytest.raises(UserError, match="has no such part"):
+        check_recipe({"dataset": "voc", **settings})
+
+
+@pytest.mark.parametrize("options", [{"spectral_blocks": "1-2"}, {"decoder": "sgd", "spectral_blocks": "1-2"}])
+@pytest.mark.parametrize("method", REPOS.values())
+def test_spectral_parts_fit_in(method, options):
+    if method == "clip-rc":
+        options = {**options, "decoder": "zegclip"}
+    model = small(method, **options)[1]
+    masks = model(torch.randn(2, 3, 32, 40), F.normalize(torch.randn(4, 16), dim=-1))
+    assert masks.shape == (2, 4, 4, 5)
+    assert hasattr(model.decoder, "stages") == (method == "cascade-clip")
