@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TENSOR_TOLERANCE', 'SCALAR_TOLERANCE', 'TIED_PIXELS', 'relative_error', 'largest', 'tolerance', 'take_stored',
-           'load_case', 'check_device', 'run_case', 'to_device', 'check_case', 'read_manifest', 'report_case',
+           'load_case', 'check_device', 'run_case', 'tensors_on', 'check_case', 'read_manifest', 'report_case',
            'check_reference']
 
 # %% ../../nbs/72_releases.reference.ipynb #68af37b4
@@ -116,14 +116,14 @@ def run_case(
             torch.device(device),  # modules and tensors are created there
             torch.backends.cudnn.flags(enabled=True, allow_tf32=False),  # convolutions in full float32
         ):
-            ours = run(to_device(inputs, device), to_device(state, device), config)
-            return to_device(ours, "cpu")
+            ours = run(tensors_on(inputs, device), tensors_on(state, device), config)
+            return tensors_on(ours, "cpu")
     except (KeyError, IndexError, TypeError, RuntimeError, AssertionError) as error:
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"tensors and configuration do not fit together ({problem}); get the set again") from error
 
 
-def to_device(tensors: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+def tensors_on(tensors: dict[str, Tensor], device: str) -> dict[str, Tensor]:
     """The tensors on a device."""
     return {name: tensor.detach().to(device) for name, tensor in tensors.items()}
 
