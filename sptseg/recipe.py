@@ -78,7 +78,9 @@ class Recipe(BaseModel):
     _clip = model_validator(mode="before")(choose_clip)
     _values = field_validator("*", mode="before")(check_value)
     # the task
-    method: Literal["zegclip", "zegclip+spt", "zegclip+sgd", "spt-seg", "clip-rc", "cascade-clip"] = "spt-seg"
+    method: Literal[
+        "zegclip", "zegclip+spt", "zegclip+sgd", "spt-seg", "clip-rc", "cascade-clip", "otseg", "otseg+"
+    ] = "spt-seg"
     dataset: str  # a benchmark's name, for instance "glyphs-20", or "folder"
     data_root: str | None = None  # folder of the dataset; generated datasets need none
     setting: Literal["inductive", "transductive", "supervised"] = "inductive"

@@ -149,7 +149,7 @@ def test_operations_are_the_published_ones(row):
 def test_both_counters_agree(settings):
     model = small(**settings)
     size = model.config.image_size
-    images, text = torch.randn(1, 3, size, size), torch.randn(4, 32)
+    images, text = torch.randn(1, 3, size, size), torch.randn(4, *[3] * model.config.templates_apart, 32)
     table, theirs = count_operations(model, images, text), count_by_torch(model, images, text)
     products = table[["products", "attention"]].sum(axis=1)
     assert products.sum() == theirs[""] and (table >= 0).all(axis=None)

@@ -1,4 +1,4 @@
-"""CLIP-RC and Cascade-CLIP against the numbers of their authors' code, and the parts that these numbers cannot show."""
+"""CLIP-RC, Cascade-CLIP and OTSeg against the numbers of their authors' code, and the parts that these numbers cannot show."""
 
 import json
 from hashlib import sha256
@@ -33,7 +33,7 @@ def test_the_authors_vectors_are_reproduced():
 def test_the_set_is_as_it_was_recorded():
     for case in CASES.values():
         assert sha256((FOLDER / case["file"]).read_bytes()).hexdigest() == case["sha256"]
-    assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 6_000_000
+    assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 6_500_000
 
 
 def trained_state(name):

@@ -60,7 +60,14 @@ def check_equal(found, expected):
 
 
 ZEGCLIP, TRANSDUCTIVE = {"method": "zegclip"}, {"setting": "transductive", "iterations": 4}
-PARTS = [("processes", TRANSDUCTIVE), ("both", ZEGCLIP), ("micro-batches", ZEGCLIP), ("micro-batches", TRANSDUCTIVE)]
+OTSEG = {"method": "otseg+", **TRANSDUCTIVE}
+PARTS = [
+    ("processes", TRANSDUCTIVE),
+    ("both", ZEGCLIP),
+    ("both", OTSEG),
+    ("micro-batches", ZEGCLIP),
+    ("micro-batches", TRANSDUCTIVE),
+]
 
 
 @pytest.mark.slow

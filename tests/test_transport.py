@@ -7,7 +7,15 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+import sptseg.training.loop
+from sptseg.core import UserError
+from sptseg.models.segmenter import METHODS, build_segmenter
 from sptseg.models.transport import EPSILON, MAX_ROUNDS, THRESHOLD, Transport, TransportDecoder, TransportPlan, sinkhorn
+from sptseg.paper.complexity import conventions, count_operations, count_values, release_detours, vit_b_16
+from sptseg.recipe import check_recipe
+from sptseg.releases.convert import check_origin
+from sptseg.training.loop import train
+from sptseg.training.run_folder import WEIGHTS
 
 VECTORS = load_file(Path(__file__).parent / "reference_family/otseg_sinkhorn.safetensors")
 
@@ -68,3 +76,66 @@ def test_one_layer_and_equal_templates():
     assert decoder(patches, cls, text).shape == (2, 3, 4, 5)
     four = decoder(patches, cls, text.expand(3, 4, 8))
     assert torch.allclose(four, 4 * decoder(patches, cls, text), atol=1e-4), "equal templates share the patches equally"
+
+
+@pytest.mark.slow
+def test_operations_at_full_size_are_those_of_the_authors_code():
+    """fvcore's record of the authors' code rounds its contractions to a few digits."""
+    with torch.device("meta"):
+        model = build_segmenter(vit_b_16(), METHODS["otseg+"])
+    model = model.to_empty(device="cpu")
+    for tensor in model.parameters():
+        tensor.data.normal_(std=0.02)
+    assert count_values(model, trained=True) == 8_039_168
+    table = count_operations(model, torch.zeros(1, 3, 512, 512), torch.zeros(20, 6, 512))
+    total = conventions(table)["published"] + sum(release_detours(model, 20).values())
+    assert total == pytest.approx(111_351_610_304, abs=1e5)
+
+
+TINY = {
+    **{"dataset": "glyphs-20", "image_size": 32, "num_prompts": 2, "decoder_layers": 2, "train_images": 6},
+    **{"val_images": 1, "iterations": 4, "batch_size": 2, "warmup_iterations": 0, "lr": 1e-3, "checkpoint_every": 1},
+    **{"method": "otseg+", "setting": "transductive"},
+}
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_resuming_changes_nothing(tmp_path, monkeypatch, stop):
+    recipe = check_recipe(TINY)
+    train(recipe, tmp_path / "whole", progress=False)
+    recording = sptseg.training.loop.record
+
+    def interrupt(run):
+        recording(run)
+        if run.done == stop:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("sptseg.training.loop.record", interrupt)
+        train(recipe, tmp_path / "stopped", progress=False)
+    train(recipe, tmp_path / "stopped", progress=False)
+    first, second = ((tmp_path / name / WEIGHTS).read_bytes() for name in ("whole", "stopped"))
+    assert first == second
+
+
+def test_otseg_and_its_ensemble_are_one_model_after_inductive_training(tmp_path):
+    weights = []
+    for method in ("otseg", "otseg+"):
+        train(check_recipe({**TINY, "method": method, "setting": "inductive"}), tmp_path / method, progress=False)
+        weights.append(load_file(tmp_path / method / WEIGHTS))
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    assert weights[0]["class_embeddings"].shape == (20, 5, 128)
+
+
+def test_one_template_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(UserError, match="templates: 'a {}.' is the only one"):
+        train(check_recipe({**TINY, "templates": ["a {}."]}), tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize(("stored", "transport"), [("type='OTSeg'", False), ("type='ZegCLIP'", True)])
+def test_a_checkpoint_that_says_another_method_is_refused(tmp_path, stored, transport):
+    file = tmp_path / "model.pth"
+    torch.save({"state_dict": {}, "meta": {"config": f"model = dict({stored})"}}, file)
+    check_origin(file, not transport)
+    with pytest.raises(UserError, match="its stored configuration is that of"):
+        check_origin(file, transport)

@@ -25,6 +25,7 @@ from .decoder import Decoder, DecoderOutputs, MaskDecoder, current_names
 from .encoder import PromptedEncoder, parse_blocks
 from .prompts import DeepPrompts, SpectralPrompt
 from .regions import RegionDecoder, RegionEncoder, patch_regions
+from .transport import TransportDecoder
 from .weights import load_exactly, plain_weights
 
 # %% ../../nbs/35_models.segmenter.ipynb #1546257f
@@ -46,6 +47,8 @@ class SegmenterConfig(BaseModel):
     mixing_start: Literal["code", "paper"] = "code"  # initial weights of the taps of a group
     freeze_added: bool = True  # region tokens and taps keep their initial values, as in the authors' code
 
+    ensemble: float = 0.5  # weight of OTSeg's decoder path in a prediction
+
     @property
     def templates_apart(self) -> bool:  # whether class embeddings are (C, T, d), one per template
         return self.decoder == "transport"
@@ -59,6 +62,8 @@ METHODS = {  # Table 2, and relatives of ZegCLIP
     "spt-seg": SegmenterConfig(),
     "clip-rc": SegmenterConfig(decoder="zegclip", spectral_blocks="", regions=4),
     "cascade-clip": SegmenterConfig(decoder="zegclip", spectral_blocks="", tapped_blocks="6-11"),
+    "otseg": SegmenterConfig(decoder="transport", spectral_blocks="", ensemble=1.0),
+    "otseg+": SegmenterConfig(decoder="transport", spectral_blocks=""),
 }
 
 # %% ../../nbs/35_models.segmenter.ipynb #0284c023
@@ -78,7 +83,7 @@ class Segmenter(nn.Module):
     def forward(
         self,
         images: Tensor,  # (B, 3, H, W), normalised
-        text: Tensor,  # (C, d) class embeddings, unit-norm
+        text: Tensor,  # (C, d) class embeddings, unit-norm; (C, T, d) if the templates are kept apart
         outputs: bool = False,  # return all that the loss needs
     ) -> Tensor | DecoderOutputs:  # (B, C, h, w) mask logits on the patch grid, or these and more
         return (self.decoder.outputs if outputs else self.decoder)(*self.encoder(images), text)
@@ -132,6 +137,8 @@ def build_decoder(
     options = {"width": width, "num_layers": config.decoder_layers, "dropout": config.dropout}
     if config.regions:
         return RegionDecoder(**options)
+    if config.decoder == "transport":
+        return TransportDecoder(ensemble=config.ensemble, **options)
     if config.decoder == "sgd":
         options["head_split"] = config.head_split
     if config.tapped_blocks:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EPSILON', 'MAX_ROUNDS', 'THRESHOLD', 'OFFSET', 'match_columns', 'match_rows', 'sinkhorn', 'backward_round',
-           'TransportPlan', 'Transport', 'TransportCross', 'TransportDecoder']
+           'TransportPlan', 'Transport', 'TransportCross', 'TransportDecoder', 'set_transports']
 
 # %% ../../nbs/41_models.transport.ipynb #41a10003
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .decoder import Decoder, DecoderLayer, relationship_descriptor
+from .decoder import Decoder, DecoderLayer, DecoderOutputs, relationship_descriptor
 
 # %% ../../nbs/41_models.transport.ipynb #41a10006
 EPSILON = 0.05  # ε, weight of the entropy term
@@ -38,7 +38,8 @@ def sinkhorn(
 ) -> tuple[Tensor, list[Tensor], Tensor]:  # a, the scales b before and after every round, and each entry's rounds (B,)
     """Find the scales of the plan by Sinkhorn's algorithm."""
     b = kernel.new_ones(*kernel.shape[:-1], 1)
-    a, history, done = torch.ones_like(kernel[..., :1, :]), [b], torch.zeros(len(kernel), device=kernel.device).long()
+    a, history = torch.ones_like(kernel[..., :1, :]), [b]
+    done = kernel.new_zeros(kernel.shape[0], dtype=torch.long)
     active = (done == 0).view(-1, *[1] * (kernel.ndim - 1))
     for _ in range(rounds):
         new = torch.where(active, match_columns(kernel, b), a)
@@ -106,7 +107,11 @@ class Transport(nn.Module):
         self.stop, self.rounds, self.threshold = stop, rounds, threshold
 
     def plan(self, similarity: Tensor) -> tuple[Tensor, Tensor]:  # S (B, C, T, N) → P (B, C, T, N) and rounds (B,)
-        return TransportPlan.apply(torch.exp((similarity - 1) / EPSILON), self.stop, self.rounds, self.threshold)
+        kernel, options = torch.exp((similarity - 1) / EPSILON), (self.stop, self.rounds, self.threshold)
+        if torch.is_grad_enabled():
+            return TransportPlan.apply(kernel, *options)
+        a, history, done = sinkhorn(kernel, *options)
+        return history[-1] * kernel * a, done
 
     def forward(
         self,
@@ -167,13 +172,17 @@ class TransportDecoder(Decoder):
         super().__init__(kind="transport", width=width, **options)
         self.ensemble, self.transport = ensemble, self.last.transport
 
+    def queries(self, cls: Tensor, text: Tensor) -> Tensor:  # (B, d) and (C, T, d) → (B, C, T, d)
+        descriptors = relationship_descriptor(text.flatten(0, 1), cls)
+        return self.query_projection(descriptors).unflatten(1, text.shape[:2])
+
     def paths(
         self,
         feature_map: Tensor,  # Ĥ, (B, d, h, w) patch embeddings, unit-norm
         cls: Tensor,  # ĝ, (B, d) cls embeddings, unit-norm
         text: Tensor,  # t, (C, T, d) class embeddings by template, unit-norm
     ) -> tuple[Tensor, Tensor]:  # mask logits (B, C, h, w) of the decoder path and of the score path
-        queries = self.query_projection(relationship_descriptor(text.flatten(0, 1), cls)).unflatten(1, text.shape[:2])
+        queries = self.queries(cls, text)
         score, _, _ = self.transport(queries, feature_map.flatten(2).mT)
         gates = []
         for layer in self.layers:
@@ -184,5 +193,22 @@ class TransportDecoder(Decoder):
         return tuple(logits.unflatten(2, feature_map.shape[-2:]) for logits in (mask, score))
 
     def forward(self, feature_map: Tensor, cls: Tensor, text: Tensor) -> Tensor:  # see `paths`; (B, C, h, w)
+        return self.combine(*self.paths(feature_map, cls, text))
+
+    def combine(self, decoder: Tensor, score: Tensor) -> Tensor:  # (B, C, h, w)
+        return self.ensemble * decoder + (1 - self.ensemble) * score
+
+    def outputs(self, feature_map: Tensor, cls: Tensor, text: Tensor) -> DecoderOutputs:  # see `paths`
         decoder, score = self.paths(feature_map, cls, text)
-        return torch.lerp(score, decoder, self.ensemble)
+        return DecoderOutputs(self.combine(decoder, score), {"decoder": decoder, "score": score}, {})
+
+
+def set_transports(
+    model: nn.Module,  # its transports are changed
+    **options,  # of `Transport`; rounds with threshold 0 make a graph without loops that depend on the data
+) -> nn.Module:  # `model`
+    """Change the options of every transport of a model."""
+    for module in model.modules():
+        if isinstance(module, Transport):
+            vars(module).update(options)
+    return model

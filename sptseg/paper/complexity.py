@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPERATION_KINDS', 'FVCORE_KINDS', 'ELEMENTWISE', 'RULES', 'FREE', 'PARTS', 'vit_b_16', 'leftover_modules',
            'count_values', 'ImageScores', 'PlainCLIP', 'shape_of', 'attention_rule', 'fourier_rule', 'elementwise_rule',
-           'filter_computed_before', 'count_operations', 'conventions', 'release_detours', 'cpu_attention',
-           'cpu_attention_backward', 'torch_counter', 'count_by_torch', 'part_of', 'by_part']
+           'filter_computed_before', 'without_rounds', 'count_operations', 'conventions', 'release_detours',
+           'cpu_attention', 'cpu_attention_backward', 'torch_counter', 'count_by_torch', 'part_of', 'by_part']
 
 # %% ../../nbs/81_paper.complexity.ipynb #dd1242e9
 import math
@@ -27,6 +27,7 @@ from ..models.encoder import PromptedEncoder
 from ..models.hilo import head_split
 from ..models.prompts import DeepPrompts
 from ..models.segmenter import Segmenter, SegmenterConfig
+from ..models.transport import MAX_ROUNDS, THRESHOLD, set_transports
 
 # %% ../../nbs/81_paper.complexity.ipynb #32581d12
 def vit_b_16() -> VisionTransformer:
@@ -137,7 +138,7 @@ def elementwise_rule(
     return rule
 
 # %% ../../nbs/81_paper.complexity.ipynb #a69db6c6
-ELEMENTWISE = "add add_ sub sub_ rsub mul mul_ div neg pow sqrt sigmoid relu clamp clamp_min".split()
+ELEMENTWISE = "add add_ sub sub_ rsub mul mul_ div neg pow exp sqrt sigmoid log_sigmoid relu clamp clamp_min".split()
 RULES = {
     "aten::scaled_dot_product_attention": attention_rule,
     "aten::fft_rfft2": fourier_rule,
@@ -161,6 +162,9 @@ FREE = {
     "clone",
     "alias",
     "broadcast_tensors",
+    "new_ones",
+    "ones_like",
+    "numel",
 }
 
 # %% ../../nbs/81_paper.complexity.ipynb #3e1dcf6a
@@ -181,13 +185,25 @@ def filter_computed_before(
         del spectral.spectrum
 
 # %% ../../nbs/81_paper.complexity.ipynb #9f038d9b
+@contextmanager
+def without_rounds(
+    model: nn.Module,
+) -> Iterator[None]:
+    """Leave out the rounds of OTSeg's transports: their number depends on the data."""
+    set_transports(model, rounds=0, threshold=0)
+    try:
+        yield
+    finally:
+        set_transports(model, rounds=MAX_ROUNDS, threshold=THRESHOLD)
+
+
 def count_operations(
     model: nn.Module,  # a `Segmenter` or `PlainCLIP`
     images: Tensor,  # (B, 3, H, W)
     text: Tensor,  # (C, d)
 ) -> pd.DataFrame:  # module's own operations (rows) of every kind (columns)
     """Count with fvcore and the rules above; an operator without a rule raises `RuntimeError`."""
-    with filter_computed_before(model), torch.no_grad():
+    with filter_computed_before(model), without_rounds(model), torch.no_grad():
         analysis = FlopCountAnalysis(ImageScores(model), (images, text)).tracer_warnings("none")
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).set_op_handle(**RULES)
         counts = analysis.by_module_and_operator()
@@ -227,12 +243,12 @@ def release_detours(
     prompts, hidden = config.num_prompts, visual.transformer.resblocks[0].mlp.c_fc.out_features
     num_keys = 1 + patches + prompts
     outputs = prompts * (2 * width**2 + 2 * width * hidden + 2 * num_keys * width + 5 * width)  # of one block
-    selections = config.decoder_layers if config.decoder == "sgd" else 0
+    selections, has_paths = config.decoder_layers if config.decoder == "sgd" else 0, config.decoder == "transport"
     return {
         "prompt tokens as outputs of blocks": len(model.encoder.deep_prompts.embeddings) * outputs,
         "prompt tokens after the last block": prompts * (10 * width + width * joint),
-        "masks resized to their own size": 4 * num_classes * (patches + pixels),
-        "text × image as a contraction": num_classes * joint // 2,
+        "masks resized to their own size": 4 * num_classes * (pixels + (pixels if has_paths else patches)),
+        "text × image as a contraction": 0 if has_paths else num_classes * joint // 2,
         "cosine with the task token as a product": selections * patches * joint,
     }
 
@@ -261,7 +277,7 @@ def count_by_torch(
     text: Tensor,  # (C, d)
 ) -> pd.Series:  # module → multiply-adds of matmuls and attention, submodules included; "" for all
     """Count with PyTorch's own counter."""
-    with torch.no_grad(), torch_counter() as counter:
+    with without_rounds(model), torch.no_grad(), torch_counter() as counter:
         ImageScores(model)(images, text)
     counts = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items() if name != "Global"}
     clean = {name.removeprefix("ImageScores").removeprefix(".model").removeprefix("."): n for name, n in counts.items()}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HARMLESS', 'NUMBER_TYPES', 'LEFT_OUT', 'load_plainly', 'read_released_checkpoint', 'check_variant', 'about_equal',
-           'first_difference', 'check_clip', 'check_config', 'method_of', 'check_grid', 'write_folder', 'count_reasons',
-           'convert_checkpoint', 'summarise_conversion']
+           'first_difference', 'check_clip', 'check_config', 'method_of', 'check_origin', 'check_grid', 'write_folder',
+           'count_reasons', 'convert_checkpoint', 'summarise_conversion']
 
 # %% ../../nbs/71_releases.convert.ipynb #bfadd6e3
 import shutil
@@ -157,6 +157,19 @@ def method_of(
     return next(name for name, m in METHODS.items() if (m.decoder, bool(m.spectral_blocks)) == parts)
 
 # %% ../../nbs/71_releases.convert.ipynb #1335581b
+def check_origin(
+    checkpoint: str | Path,  # for the message
+    transport: bool,  # whether the recipe's method is OTSeg
+) -> None:
+    """Compare the method with the configuration that mmsegmentation stores; a contradiction raises `UserError`."""
+    content = load_plainly(checkpoint)
+    meta = content.get("meta") if isinstance(content, dict) else None
+    text = str(meta.get("config", "")) if isinstance(meta, dict) else ""
+    if text and ("OTSeg" in text) != transport:
+        found, remedy = ("OTSeg", "method=otseg+") if not transport else ("another model", "its own method")
+        raise UserError(f"{checkpoint}: its stored configuration is that of {found}; use a recipe with {remedy}")
+
+
 def check_grid(
     model: Segmenter,  # as loaded
     image_size: int,  # the recipe's, pixels
@@ -218,7 +231,9 @@ def convert_checkpoint(
     """Convert a checkpoint into a run folder; a mismatch raises `UserError`."""
     state, others = read_released_checkpoint(checkpoint)
     check_variant(state)
-    model, left_out = read_segmenter(state, image_size=recipe.image_size)
+    transport = recipe.segmenter_config().templates_apart  # weights of OTSeg have the names of ZegCLIP's
+    check_origin(checkpoint, transport)
+    model, left_out = read_segmenter(state, image_size=recipe.image_size, transport=transport)
     check_grid(model, recipe.image_size, checkpoint)
     model.config = check_config(model.config, recipe, checkpoint)
     encoder = part(translate_state(state).tensors, "encoder.visual.")
@@ -226,7 +241,7 @@ def convert_checkpoint(
     trained = model.trained_tensors()
     return {
         "checkpoint": str(checkpoint),
-        "method": method_of(model.config),
+        "method": recipe.method,
         "config": model.config.model_dump(),
         "compared with": compared and compared.name,
         "tensors read": len(trained),

@@ -24,6 +24,7 @@ from ..models.encoder import PromptedEncoder
 from ..models.prompts import DeepPrompts, SpectralPrompt
 from ..models.regions import RegionDecoder, RegionEncoder
 from ..models.segmenter import Segmenter, SegmenterConfig
+from ..models.transport import TransportCross, TransportDecoder
 from ..models.weights import load_exactly
 
 # %% ../../nbs/70_releases.names.ipynb #a7e27f3d
@@ -137,6 +138,7 @@ class Translation:
 
 def translate_state(
     state: dict[str, Tensor],  # by official names
+    transport: bool = False,  # whether the decoder is OTSeg's, whose names are those of ZegCLIP's
 ) -> Translation:  # every name is loaded or left out with a reason
     """Translate the names of a release's state dict."""
     layers = {int(match[2]) for match in map(LAYER.fullmatch, state) if match and "decouple" not in match[1]}
@@ -148,7 +150,8 @@ def translate_state(
         parts = [state[name] for name in (FIRST_PROMPTS, OTHER_PROMPTS) if name in state]
         tensors[PROMPTS] = torch.cat(parts)
     left_out = {name: reason for name, reason in reasons.items() if reason is not None}
-    return Translation(tensors, left_out, "sgd" if has_sgd else "zegclip", last + 1)
+    kind = "sgd" if has_sgd else "transport" if transport else "zegclip"
+    return Translation(tensors, left_out, kind, last + 1)
 
 # %% ../../nbs/70_releases.names.ipynb #21939683
 def part(
@@ -271,6 +274,9 @@ def read_decoder(
     elif "mixing.0" in tensors:
         width, taps = len(needed(tensors, "stages.0.query_projection.bias")), 2 * len(tensors["mixing.0"])
         decoder = CascadeDecoder(kind=kind, width=width, num_taps=taps, **options)
+    elif kind == "transport":
+        width = len(needed(tensors, "query_projection.bias"))
+        decoder = TransportDecoder(width=width, num_layers=translation.decoder_layers)
     else:
         decoder = Decoder(kind=kind, width=len(needed(tensors, "query_projection.bias")), **options)
     fill(decoder, tensors)
@@ -284,9 +290,10 @@ def read_segmenter(
     heads: int | None = None,  # of the encoder, see `build_visual`
     decoder_heads: int = 8,  # see `count_heads`; `save_segmenter` does not store this number
     tapped_blocks: tuple[int, ...] | None = None,  # see `read_encoder`
+    transport: bool = False,  # see `translate_state`
 ) -> tuple[Segmenter, dict[str, str]]:  # the model in evaluation mode; the names left out, with reasons
     """Load a release's state dict into a `Segmenter`."""
-    translation = translate_state(state)
+    translation = translate_state(state, transport)
     encoder = read_encoder(translation, heads=heads, tapped_blocks=tapped_blocks)
     decoder = read_decoder(translation, heads=decoder_heads)
     for part_of_decoder, name in (
@@ -315,6 +322,7 @@ def read_layer(
     index: int,  # which decoder layer
     *,
     heads: int = 8,  # see `count_heads`
+    transport: bool = False,  # see `translate_state`
 ) -> nn.Module:  # a complete `DecoderLayer`, also for the last layer
     """One complete decoder layer, to compare outputs that the final mask does not depend on."""
     kept = {
@@ -330,7 +338,10 @@ def read_layer(
     translation = translate_state({**kept, **following})  # with a copy behind it, this layer is not the last one
     tensors = part(translation.tensors, f"decoder.layers.{index}.")
     width = len(needed(tensors, "norm1.bias"))
-    num_heads = count_heads(translation.decoder, heads)
-    layer = DecoderLayer(cross=CROSS[translation.decoder](width=width, num_heads=num_heads), width=width)
+    if transport:
+        cross = TransportCross(width=width)
+    else:
+        cross = CROSS[translation.decoder](width=width, num_heads=count_heads(translation.decoder, heads))
+    layer = DecoderLayer(cross=cross, width=width)
     fill(layer, tensors)
     return layer.eval()

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..core import UserError
-from .cases import RUNNERS, run_loss, run_training
+from .cases import RUNNERS, run_loss, run_sinkhorn, run_training
 from .names import part
 
 # %% ../../nbs/72_releases.reference.ipynb #6a0e26a2
@@ -105,14 +105,14 @@ def run_case(
     device: str = "cpu",  # "cpu" or "cuda"
 ) -> dict[str, Tensor]:  # our outputs, on the CPU; may include more than the stored ones
     """Run one case; tensors that do not match the configuration raise `UserError`."""
-    run = next((run for name, run in RUNNERS.items() if name in inputs), None)
+    run = next((run for name, run in RUNNERS.items() if name in (*inputs, case.get("kind"))), None)
     if run is None:
         raise UserError(f"unknown kind of case; it needs one of the inputs {', '.join(RUNNERS)}")
     auxiliary = "ssim" if any("loss_ssim" in name for name in outputs) else "dice"
     config = {"self_training": False, **case["config"], "auxiliary": auxiliary, "ori_shape": case.get("ori_shape")}
     try:
         with (
-            torch.set_grad_enabled(run in (run_loss, run_training)),
+            torch.set_grad_enabled(run in (run_loss, run_sinkhorn, run_training)),
             torch.device(device),  # modules and tensors are created there
             torch.backends.cudnn.flags(enabled=True, allow_tf32=False),  # convolutions in full float32
         ):
