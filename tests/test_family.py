@@ -1,4 +1,4 @@
-"""CLIP-RC, Cascade-CLIP and OTSeg against the numbers of their authors' code, and the parts that these numbers cannot show."""
+"""CLIP-RC, Cascade-CLIP and OTSeg against numbers of their authors' code, and parts that these cannot show."""
 
 import json
 from hashlib import sha256
