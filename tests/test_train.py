@@ -412,7 +412,8 @@ def test_every_method_trains_in_every_setting(tmp_path, monkeypatch, method, set
     assert calls == {"inductive": [15, 15], "supervised": [20, 20], "transductive": [15, 20]}[setting]
     rows = results["history"]["train"]
     assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
-    assert ("ssim" if method == "spt-seg" else "dice") in rows[0]
+    term = "ssim" if method == "spt-seg" else "decoder dice" if method.startswith("otseg") else "dice"
+    assert term in rows[0]
     assert results["metrics"]["pAcc"] is not None and (tmp_path / WEIGHTS).exists()
 
 
