@@ -10,16 +10,19 @@ from open_clip.transformer import QuickGELU, VisionTransformer
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from sptseg.app.formats import FORMATS, WindowModel, trace, without_fft
 from sptseg.core import UserError
-from sptseg.models.segmenter import METHODS, build_segmenter, load_segmenter, save_segmenter
+from sptseg.models.segmenter import METHODS, build_segmenter, load_segmenter, read_segmenter_file, save_segmenter
 from sptseg.paper.complexity import count_values, vit_b_16
 from sptseg.recipe import check_recipe
+from sptseg.releases.convert import convert_checkpoint
 from sptseg.releases.names import our_name, read_segmenter, reason_to_leave_out
 from sptseg.releases.reference import check_reference, read_manifest
 
 FOLDER = Path(__file__).parent / "reference_family"
 CASES = read_manifest(FOLDER)
 FULL = json.loads((FOLDER / "full_scale.json").read_text())
+TINY = {"dataset": "glyphs-20", "image_size": 64, "num_prompts": 2}
 REPOS = {"clip_rc": "clip-rc", "cascade_clip": "cascade-clip"}
 
 
@@ -66,6 +69,35 @@ def test_parameters_at_full_size(repo):
         assert count_values(model, trained=True) == record["really_trained"]
         frozen = sum(t.numel() for t in model.stored_tensors().values()) - record["really_trained"]
         assert frozen == sum(record["frozen_in_backbone_and_not_in_clip"].values())
+
+
+def recipe_of(name, **changes):
+    parts = {"clip-rc": {"regions": 2}, "cascade-clip": {"tapped_blocks": "1-6"}}[name]
+    return check_recipe({"method": name, **parts, **TINY, **changes})
+
+
+@pytest.mark.parametrize("repo", REPOS)
+def test_the_authors_checkpoints_are_converted(tmp_path, repo):
+    state = {
+        key.removeprefix("state."): tensor
+        for key, tensor in load_file(FOLDER / f"{repo}_model_eval.safetensors").items()
+        if key.startswith("state.")
+    }
+    path, recipe = tmp_path / "released.pth", recipe_of(REPOS[repo])
+    torch.save({"state_dict": state, "meta": {"epoch": 1}}, path)
+    report = convert_checkpoint(path, tmp_path / "run", recipe=recipe, unchecked=True)
+    assert report["method"] == recipe.method
+    written = read_segmenter_file(report["weights"])
+    assert written.config == recipe.segmenter_config()
+    kept = {"clip_rc": ("region_tokens", "region_level_bridge"), "cascade_clip": ("tap_projections", "proj_layers")}
+    ours, theirs = kept[repo]
+    assert torch.equal(written.tensors[f"encoder.{ours}"], state[f"backbone.{theirs}"])
+    with pytest.raises(UserError, match=f"use a recipe of {recipe.method}"):
+        convert_checkpoint(path, tmp_path / "other", recipe=check_recipe({**TINY, "method": "zegclip"}), unchecked=True)
+    del state[f"backbone.{theirs}"]
+    torch.save(state, path)
+    with pytest.raises(UserError, match=f"{ours}: missing"):
+        convert_checkpoint(path, tmp_path / "other", recipe=recipe, unchecked=True)
 
 
 def small(method="clip-rc", **options):
@@ -131,3 +163,24 @@ def test_spectral_parts_fit_in(method, options):
     masks = model(torch.randn(2, 3, 32, 40), F.normalize(torch.randn(4, 16), dim=-1))
     assert masks.shape == (2, 4, 4, 5)
     assert hasattr(model.decoder, "stages") == (method == "cascade-clip")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("method", REPOS.values())
+def test_exported_files_answer_as_the_model(tmp_path, method, kind):
+    model, text = small(method)[1], F.normalize(torch.randn(4, 16), dim=-1)
+    for tensor in model.parameters():
+        tensor.data += 0.1 * torch.randn_like(tensor)
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = WindowModel(model, text, (0,), 0.1)(images)
+    path = tmp_path / f"model{FORMATS[kind].suffix}"
+    copied = without_fft(model)
+    assert not any("recovery" in name for name, _ in copied.named_parameters())
+    FORMATS[kind].write(trace(WindowModel(copied, text, (0,), 0.1), 32, 16), path, {})
+    scores, labels = FORMATS[kind].open(path)([images])
+    assert abs(scores - expected[0].numpy()).max() < 1e-5 and (labels == expected[1].numpy()).all()
+    FORMATS[kind].write(trace(WindowModel(copied), 32, 16), path, {})
+    scores, _ = FORMATS[kind].open(path)([images[:1], text])
+    with torch.no_grad():
+        assert abs(scores - WindowModel(model)(images[:1], text)[0].numpy()).max() < 1e-5

@@ -68,6 +68,9 @@ PARTS = [
     ("micro-batches", ZEGCLIP),
     ("micro-batches", TRANSDUCTIVE),
 ]
+CLIP_RC = {"method": "clip-rc", "regions": 2}
+CASCADE = {"method": "cascade-clip", "tapped_blocks": "2-3", **TRANSDUCTIVE}
+PARTS += [("processes", CLIP_RC), ("processes", CASCADE)]
 
 
 @pytest.mark.slow

@@ -99,6 +99,16 @@ def test_resuming_at_any_iteration_changes_nothing(tmp_path, monkeypatch, settin
     assert weights_of(tmp_path / "stopped", iterations=4, setting=setting) == whole
 
 
+@pytest.mark.parametrize("method", PARTS)
+def test_resuming_keeps_what_is_not_trained(tmp_path, method):
+    settings = {"method": method, "iterations": 4, "setting": "transductive", **PARTS[method]}
+    whole = weights_of(tmp_path, **settings)
+    for path in [checkpoints(tmp_path)[0], *(tmp_path / name for name in (RESULTS, WEIGHTS))]:
+        path.unlink()
+    torch.manual_seed(5)
+    assert weights_of(tmp_path, **settings) == whole
+
+
 class ChangedMasks(Dataset):
     """A dataset whose masks go through a function."""
 

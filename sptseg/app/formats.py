@@ -9,6 +9,7 @@ __all__ = ['OUTPUTS', 'NOTES_FILE', 'Runner', 'FORMATS', 'WindowModel', 'without
 # %% ../../nbs/74_app.formats.ipynb #74a10003
 import copy
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -52,12 +53,14 @@ class WindowModel(nn.Module):
 def without_fft(
     segmenter: Segmenter,
 ) -> Segmenter:  # on the CPU, in evaluation mode
-    """Copy a segmenter; its spectral prompt becomes a series of matmuls on the grid of a window."""
+    """Copy a segmenter without the parts for training; its spectral prompt becomes matmuls on the grid of a window."""
     copied = copy.deepcopy(segmenter).cpu().eval().requires_grad_(False)
     encoder = copied.encoder
     if encoder.spectral_prompt is not None:
         side = copied.config.image_size // encoder.visual.patch_size[0]
         encoder.spectral_prompt = MatmulSpectralPrompt(encoder.spectral_prompt, (side, side))
+    for name in copied.decoder.training_only:
+        delattr(copied.decoder, name)
     return copied
 
 # %% ../../nbs/74_app.formats.ipynb #74a10011
@@ -84,10 +87,12 @@ def input_names(
 def onnx_attention(
     query, key, value, attn_mask=None, dropout_p: float = 0.0, is_causal: bool = False, scale=None, enable_gqa=False
 ):
-    """Translate `scaled_dot_product_attention` without mask and dropout into ONNX."""
+    """Translate `scaled_dot_product_attention` without dropout into ONNX; a mask is true where tokens attend."""
     op, rank = import_extra("onnxscript", "export").opset18, len(query.shape)
     transposed = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
     logits = op.Mul(op.MatMul(query, transposed), op.Constant(value_float=query.shape[-1] ** -0.5))
+    if attn_mask is not None:
+        logits = op.Where(attn_mask, logits, op.Constant(value_float=-math.inf))
     return op.MatMul(op.Softmax(logits, axis=-1), value)
 
 

@@ -168,6 +168,8 @@ class DecoderOutputs(NamedTuple):
 class MaskDecoder(nn.Module):
     """A decoder: calling it with the encoder's outputs and class texts returns mask logits (B, C, h, w)."""
 
+    training_only: tuple[str, ...] = ()  # names of submodules that only the losses need
+
     def outputs(self, *inputs: Tensor) -> DecoderOutputs:  # for training, of the same inputs
         masks = self(*inputs)
         return DecoderOutputs(masks, {"": masks}, {})

@@ -70,7 +70,7 @@ class RegionEncoder(PromptedEncoder):
         self.region_tokens = nn.Parameter(start.repeat(regions**2, 1), requires_grad=not freeze_added)
 
     def embed(self, images: Tensor) -> Tensor:  # (B, 1 + N + R, D)
-        regions = self.visual.ln_pre(self.region_tokens).expand(len(images), -1, -1)
+        regions = self.visual.ln_pre(self.region_tokens).expand(images.shape[0], -1, -1)
         return torch.cat([super().embed(images), regions], 1)
 
     def attention_mask(self, grid: tuple[int, int]) -> Tensor:  # see `attention_allowed`
@@ -167,6 +167,8 @@ def recovery_loss(
 class RegionDecoder(MaskDecoder):
     """Masks from queries per region and class, by two-way layers (CLIP-RC)."""
 
+    training_only = ("recovery",)
+
     def __init__(
         self,
         *,
@@ -208,12 +210,12 @@ class RegionDecoder(MaskDecoder):
     ) -> Tensor:  # (B, C, h, w) mask logits
         features = self.features(feature_map, cls, regions)
         queries, features = self.run_layers(self.descriptors(cls, regions, text), features)
-        return self.mask(queries, features, feature_map.shape[-2:], len(text))
+        return self.mask(queries, features, feature_map.shape[-2:], text.shape[0])
 
     def outputs(self, feature_map: Tensor, cls: Tensor, regions: Tensor, text: Tensor) -> DecoderOutputs:
         descriptors = self.descriptors(cls, regions, text)
         queries, features = self.run_layers(descriptors, self.features(feature_map, cls, regions))
-        masks = self.mask(queries, features, feature_map.shape[-2:], len(text))
+        masks = self.mask(queries, features, feature_map.shape[-2:], text.shape[0])
         recovered = self.recovery(queries, features)
         targets = {"recovery_q": descriptors, "recovery_k": feature_map.flatten(2).mT}
         pairs = zip(targets.items(), recovered, strict=True)

@@ -141,10 +141,12 @@ def check_config(
 ) -> SegmenterConfig:  # the recipe's
     """Compare the configurations; a difference raises `UserError`."""
     wanted = recipe.segmenter_config()
-    for key in ("decoder", "decoder_layers", "spectral_blocks", "num_prompts", "prompted_blocks", "head_split"):
+    parts = ("decoder", "regions", "tapped_blocks")
+    for key in (*parts, "decoder_layers", "spectral_blocks", "num_prompts", "prompted_blocks", "head_split"):
         ours, theirs = getattr(wanted, key), getattr(found, key)
         if ours != theirs:
-            remedy = f"set {key}={theirs}" if key in Recipe.model_fields else f"use a recipe of {method_of(found)}"
+            other = key not in Recipe.model_fields or key in parts and not (ours and theirs)  # another method
+            remedy = f"use a recipe of {method_of(found)}" if other else f"set {key}={theirs}"
             raise UserError(f"{checkpoint}: has {key} {theirs!r}, the recipe {ours!r}; {remedy}")
     return wanted
 
@@ -153,8 +155,11 @@ def method_of(
     config: SegmenterConfig,
 ) -> str:  # a name in `METHODS`
     """The method that a configuration belongs to."""
-    parts = (config.decoder, bool(config.spectral_blocks))
-    return next(name for name, m in METHODS.items() if (m.decoder, bool(m.spectral_blocks)) == parts)
+
+    def parts(one: SegmenterConfig) -> tuple:
+        return one.decoder, *(bool(part) for part in (one.spectral_blocks, one.regions, one.tapped_blocks))
+
+    return next((name for name, one in METHODS.items() if parts(one) == parts(config)), "another method")
 
 # %% ../../nbs/71_releases.convert.ipynb #1335581b
 def check_origin(
@@ -222,7 +227,7 @@ def count_reasons(
 
 # %% ../../nbs/71_releases.convert.ipynb #a6505f79
 def convert_checkpoint(
-    checkpoint: str | Path,  # .pth file of ZegCLIP or SPT-SEG
+    checkpoint: str | Path,  # .pth file of ZegCLIP, SPT-SEG, CLIP-RC or Cascade-CLIP
     out: str | Path,  # folder to write; `sptseg evaluate` takes it
     *,
     recipe: Recipe,  # its model must be the checkpoint's; its CLIP is compared with the checkpoint's
@@ -238,14 +243,14 @@ def convert_checkpoint(
     model.config = check_config(model.config, recipe, checkpoint)
     encoder = part(translate_state(state).tensors, "encoder.visual.")
     compared = None if unchecked else check_clip(encoder, recipe, checkpoint)
-    trained = model.trained_tensors()
+    stored = model.stored_tensors()
     return {
         "checkpoint": str(checkpoint),
         "method": recipe.method,
         "config": model.config.model_dump(),
         "compared with": compared and compared.name,
-        "tensors read": len(trained),
-        "values read": sum(tensor.numel() for tensor in trained.values()),
+        "tensors read": len(stored),
+        "values read": sum(tensor.numel() for tensor in stored.values()),
         "left out": count_reasons(len(encoder), bool(compared), left_out, others),
         "weights": str(write_folder(Path(out), model, recipe, compared)),
     }
@@ -259,7 +264,7 @@ def summarise_conversion(
     lines = [
         f"{report['checkpoint']}: {report['method']}, {config['num_prompts']} prompts per block, "
         f"{config['decoder_layers']} decoder layers",
-        f"read: {report['tensors read']} trained tensors, {report['values read']:,} values",
+        f"read: {report['tensors read']} tensors, {report['values read']:,} values",
         "CLIP: " + (f"the same as {report['compared with']}" if report["compared with"] else "NOT compared"),
         *(f"left out: {count:4d}  {reason}" for reason, count in report["left out"].items()),
         f"written: {report['weights']}",

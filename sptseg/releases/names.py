@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['UNUSED', 'UNUSED_WITH_SGD', 'UNUSED_IN_LAST_LAYER', 'PREFIXES', 'FIRST_PROMPTS', 'OTHER_PROMPTS', 'PROMPTS', 'LAYER',
-           'STACKS', 'HILO_HEADS', 'stack_of', 'our_name', 'reason_to_leave_out', 'Translation', 'translate_state',
-           'part', 'needed', 'fill', 'build_visual', 'filter_grid', 'square_side', 'read_encoder', 'count_heads',
-           'read_decoder', 'read_segmenter', 'read_layer']
+           'STACKS', 'NEEDED', 'HILO_HEADS', 'stack_of', 'our_name', 'reason_to_leave_out', 'Translation',
+           'translate_state', 'part', 'needed', 'fill', 'build_visual', 'filter_grid', 'square_side', 'read_encoder',
+           'count_heads', 'read_decoder', 'read_segmenter', 'read_layer']
 
 # %% ../../nbs/70_releases.names.ipynb #1fe898a9
 import math
@@ -248,6 +248,10 @@ def read_encoder(
     return encoder.eval()
 
 # %% ../../nbs/70_releases.names.ipynb #039a7a84
+NEEDED = {  # a tensor of a decoder: one of its encoder, which would otherwise keep new random values
+    "decoder.feature_projection.bias": "encoder.region_tokens",
+    "decoder.mixing.0": "encoder.tap_projections",
+}
 HILO_HEADS = 8  # of both branches together; the releases cannot change it
 
 
@@ -294,14 +298,11 @@ def read_segmenter(
 ) -> tuple[Segmenter, dict[str, str]]:  # the model in evaluation mode; the names left out, with reasons
     """Load a release's state dict into a `Segmenter`."""
     translation = translate_state(state, transport)
+    for part_of_decoder, part_of_encoder in NEEDED.items():
+        if part_of_decoder in translation.tensors:
+            needed(translation.tensors, part_of_encoder)
     encoder = read_encoder(translation, heads=heads, tapped_blocks=tapped_blocks)
     decoder = read_decoder(translation, heads=decoder_heads)
-    for part_of_decoder, name in (
-        (RegionDecoder, "encoder.region_tokens"),
-        (CascadeDecoder, "encoder.tap_projections"),
-    ):
-        if isinstance(decoder, part_of_decoder):
-            needed(translation.tensors, name)
     taps = getattr(encoder, "tapped_blocks", ())
     prompted = len(encoder.deep_prompts.embeddings)
     config = SegmenterConfig(
