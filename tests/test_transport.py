@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import sptseg.training.loop
+from sptseg.app.export import export_model
 from sptseg.core import UserError
 from sptseg.models.segmenter import METHODS, build_segmenter
 from sptseg.models.transport import EPSILON, MAX_ROUNDS, THRESHOLD, Transport, TransportDecoder, TransportPlan, sinkhorn
@@ -125,6 +126,13 @@ def test_otseg_and_its_ensemble_are_one_model_after_inductive_training(tmp_path)
         weights.append(load_file(tmp_path / method / WEIGHTS))
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     assert weights[0]["class_embeddings"].shape == (20, 5, 128)
+
+
+def test_an_export_is_refused_in_one_sentence(tmp_path):
+    train(check_recipe({**TINY, "setting": "inductive", "iterations": 1}), tmp_path / "run", progress=False)
+    with pytest.raises(UserError, match="depend on the image"):
+        export_model(sptseg.load(tmp_path / "run", device="cpu"), tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
 
 
 def test_one_template_is_refused_before_anything_is_trained(tmp_path):
