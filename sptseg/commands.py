@@ -189,10 +189,11 @@ def chosen_names(
 
 def run_predict(arguments: argparse.Namespace) -> int:
     """Label images by class names."""
-    from sptseg.inference.folders import label_files, list_images
+    from sptseg.inference.folders import check_folder, label_files, list_images
     from sptseg.inference.predictor import load
 
     images, names = list_images(arguments.images, arguments.out), chosen_names(arguments)
+    check_folder(arguments.out)
     model = load(arguments.model, arguments.device, clip_weights=arguments.clip_weights)
     query = model.query(names, arguments.threshold, arguments.seen_bias, arguments.template)
     options = {"scores": arguments.scores, "overwrite": arguments.overwrite, "progress": not arguments.quiet}
@@ -201,7 +202,8 @@ def run_predict(arguments: argparse.Namespace) -> int:
         print(f"sptseg: {line}", file=sys.stderr)
     kept = f", {len(outcome.kept)} were there already" if outcome.kept else ""
     failed = f", {len(outcome.failed)} failed" if outcome.failed else ""
-    print(f"labelled {len(outcome.labelled)} images{kept}{failed}")
+    plural = "" if len(outcome.labelled) == 1 else "s"
+    print(f"labelled {len(outcome.labelled)} image{plural}{kept}{failed}")
     print(f"masks, overlays and legend.json: {arguments.out}")
     return 1 if outcome.failed else 0
 

@@ -57,7 +57,7 @@ class Browser:
         assert "exceptionDetails" not in answer, (script, answer)
         return answer["result"].get("value")
 
-    def wait(self, condition, what: str, seconds: float = 30):
+    def wait(self, condition, what: str, seconds: float = 90):
         """Ask until a function, or an expression of JavaScript, is true; its value."""
         end = time.monotonic() + seconds
         while not (value := condition() if callable(condition) else self.run(condition)):

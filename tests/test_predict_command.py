@@ -77,7 +77,7 @@ def test_a_call_goes_on_where_it_stopped(photos, tmp_path, monkeypatch, capsys):
     assert predict(photos, "--out", out) == 130 and "the same command" in capsys.readouterr().err
     before = snapshot(out)
     assert predict(photos, "--out", out) == 0 and len(calls) == 3
-    assert "labelled 1 images, 1 were there already" in capsys.readouterr().out
+    assert "labelled 1 image, 1 were there already" in capsys.readouterr().out
     assert {path: snapshot(out)[path] for path in before if path.name != "legend.json"}.items() <= before.items()
     Image.open(EXAMPLES / "scene-3.png").save(photos / "scene-1.png")
     assert predict(photos, "--out", out) == 0 and len(calls) == 4, "another image of the same name is labelled"
@@ -159,6 +159,20 @@ def test_bad_paths_are_refused(photos, tmp_path, capsys):
 def test_a_folder_without_write_permission_is_named(photos, tmp_path, capsys):
     (tmp_path / "out").mkdir(mode=0o500)
     assert str(tmp_path / "out") in refusal(capsys, "predict", "spt-seg-glyphs", photos, "--out", tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_model_is_loaded(photos, tmp_path, capsys, monkeypatch):
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr("sptseg.inference.predictor.load", None)
+    (tmp_path / "notes").write_text("a file")
+    line = refusal(capsys, "predict", "spt-seg-glyphs", photos, "--out", tmp_path / "notes/labels")
+    assert f"{tmp_path / 'notes'}: is a file; choose a folder" in line
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    line = refusal(capsys, "predict", "spt-seg-glyphs", photos, "--out", tmp_path / "new/labels")
+    assert f"{tmp_path / 'new/labels'}: cannot be written (Permission denied); choose another folder" in line
+    assert not (tmp_path / "new").exists()
 
 
 def test_models_are_listed(capsys):

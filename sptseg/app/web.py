@@ -175,10 +175,10 @@ def connect(
     model = {"concurrency_id": "model", "concurrency_limit": 1, **call}
 
     def label_after(event: Callable, **options) -> None:
-        labelled = event(answers.label, asked, [result, *outputs], **options, **model)
+        labelled = event(answers.label, asked, [result, *outputs], show_progress_on=classes, **options, **model)
         labelled.success(answers.write, result, outputs[3:], show_progress="hidden", **model)
 
-    new = {"outputs": encoded, "show_progress_on": layers, **model}
+    new = {"outputs": encoded, "show_progress_on": classes, **model}  # an error leaves the labels visible
     label_after(page.load(answers.encode_example, **new).success)
     label_after(upload.upload(answers.encode, upload, **new).success)
     label_after(examples.click(answers.encode_example, examples, **new).success)
