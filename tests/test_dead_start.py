@@ -139,7 +139,14 @@ def test_no_text_without_a_problem():
 TINY = {
     **{"method": "spt-seg", "dataset": "glyphs-20", "image_size": 32, "iterations": 3, "batch_size": 2, "lr": 1e-4},
     **{"dropout": 0.0, "warmup_iterations": 0, "ratio_range": (1.0, 1.0), "photometric": False, "tracker": "none"},
-    **{"train_images": 4, "val_images": 1, "eval_every": 3, "checkpoint_every": 3, "decoder_layers": 1},
+    **{
+        "train_images": 4,
+        "val_images": 1,
+        "eval_every": 3,
+        "checkpoint_every": 3,
+        "decoder_layers": 1,
+        "live_start": False,
+    },
 }
 
 

@@ -18,18 +18,19 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..core import UserError, provenance
 from ..data.integrity import read_batches
 from ..data.label_sets import train_class_ids
 from ..evaluation.evaluate import load_parts, read_notes
 from ..models.clip import ClipModel
-from ..models.decoder import DecoderOutputs
+from ..models.decoder import DecoderOutputs, selections
 from ..models.segmenter import Segmenter, build_segmenter, load_segmenter
-from ..recipe import Recipe, learning_rate
+from ..recipe import Recipe, learning_rate, phases
 from .batches import Batch, device_batches, set_iteration_seed, train_loader
 from .checkpoint import checkpoint_path, checkpoints, load_checkpoint, save_checkpoint
-from .dead_start import dead_start_check
+from .dead_start import dead_start_check, turn_dead_tokens
 from .losses import pseudo_label, training_loss
 from .mask_losses import present_classes
 
@@ -104,6 +105,20 @@ class Run:
             self.done,
         )  # when the losses were last read; where this process begins
         self.unread, self.unlogged = [], []  # losses on the device, and those that the tracker has not seen
+        if recipe.live_start and recipe.init_from is None and not self.done:
+            self.turn_dead_tokens()
+
+    def turn_dead_tokens(self) -> None:  # see `sptseg.training.dead_start`; before the first iteration
+        if not selections(self.segmenter):
+            return
+        recipe, labels = self.recipe.model_copy(update={"workers": 0}), self.benchmark.labels
+        setting = phases(recipe)[0][2]
+        images = next(read_batches(train_loader(self.benchmark, recipe, setting, last=1, **self.share)))[0]
+        images, text = images.to(self.accelerator.device), self.text[list(train_class_ids(labels, setting))]
+        parts = recipe.gradient_accumulation_steps
+        turned = turn_dead_tokens(self.segmenter, images, text, self.average, parts)
+        if turned and self.progress:
+            tqdm.write(f"{recipe.method}: {len(turned)} task tokens kept no patch and were turned around (live_start)")
 
     @contextmanager
     def uninterrupted(self) -> Iterator[None]:  # a signal takes effect at the end
