@@ -1658,4 +1658,12 @@ d = { 'settings': { 'branch': 'main',
             'sptseg.training.settings': { 'sptseg.training.settings.check_settings': ( 'training.settings.html#check_settings',
                                                                                        'sptseg/training/settings.py'),
                                           'sptseg.training.settings.setting_problems': ( 'training.settings.html#setting_problems',
-                                                                                         'sptseg/training/settings.py')}}}
+                                                                                         'sptseg/training/settings.py')},
+            'sptseg.training.side_by_side': { 'sptseg.training.side_by_side.runs_at_once': ( 'training.side_by_side.html#runs_at_once',
+                                                                                             'sptseg/training/side_by_side.py'),
+                                              'sptseg.training.side_by_side.started': ( 'training.side_by_side.html#started',
+                                                                                        'sptseg/training/side_by_side.py'),
+                                              'sptseg.training.side_by_side.train_and_send': ( 'training.side_by_side.html#train_and_send',
+                                                                                               'sptseg/training/side_by_side.py'),
+                                              'sptseg.training.side_by_side.train_side_by_side': ( 'training.side_by_side.html#train_side_by_side',
+                                                                                                   'sptseg/training/side_by_side.py')}}}
