@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from sptseg.data.benchmarks import load_benchmark
 from sptseg.data.glyphs import GlyphScenes
-from sptseg.data.scene_cache import CHECKSUM, KeptScenes, read_record, write_record
+from sptseg.data.scene_cache import CHECKSUM, KeptScenes, read_scene, write_scene
 
 
 def scenes(**changes):
@@ -52,13 +52,13 @@ def test_damage_is_noticed_and_mended(tmp_path, damage):
         content[:length], content[length : 2 * length] = content[length : 2 * length], content[:length]
     kept.path.write_bytes(content[: {"cut": 3 * length + 9, "empty": 0}.get(damage)])
     assert same(KeptScenes(scenes(), tmp_path), scenes())
-    assert all(read_record(kept.path, index, 4 * 48 * 48) for index in range(6))
+    assert all(read_scene(kept.path, index, 4 * 48 * 48) for index in range(6))
 
 
 def test_whole_records_of_other_images_are_not_believed(tmp_path):
     kept, other = KeptScenes(scenes(), tmp_path), KeptScenes(scenes(seed=1), tmp_path)
     for index in range(6):
-        write_record(kept.path, index, other.content(index))
+        write_scene(kept.path, index, other.content(index))
     assert same(kept, scenes())
 
 
