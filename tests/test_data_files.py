@@ -1,5 +1,6 @@
 """Reading images, masks and lists: exactly what the files hold, or an error that names the file."""
 
+import io
 import pickle
 import struct
 import unicodedata
@@ -14,9 +15,11 @@ from torch.utils.data import DataLoader
 
 from sptseg.core import IGNORE, UserError
 from sptseg.data.files import (
+    END,
     FileSamples,
     check_present,
     decode,
+    decode_jpeg,
     image_size,
     read_bytes,
     read_image,
@@ -68,11 +71,53 @@ def test_images_of_every_kind_become_rgb(tmp_path, mode):
     file = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
     image.save(file)
     read = read_image(file)
-    assert read.shape == (3, 20, 30) and read.dtype == torch.uint8 and read.is_contiguous()
+    assert read.shape == (3, 20, 30) and read.dtype == torch.uint8
     if mode in ("RGB", "RGBA"):
         assert np.array_equal(read.permute(1, 2, 0), array)
     if mode in ("L", "LA"):
         assert torch.equal(read[0], read[1]) and np.array_equal(read[2], np.asarray(image.convert("L")))
+
+
+def jpeg(image, **options):
+    file = io.BytesIO()
+    image.save(file, "jpeg", **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("size", [(200, 131), (1, 1), (8, 17)])
+def test_opencv_decodes_to_the_same_bytes_as_pillow(mode, size):
+    smooth = Image.fromarray(noise(12, 16)).resize(size, Image.Resampling.BICUBIC).convert(mode)
+    for options in ({}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 3}, {"quality": 100}):
+        content = jpeg(smooth, **options)
+        expected = np.asarray(decode(content, "x").convert("RGB"))
+        assert np.array_equal(decode_jpeg(content, "x").permute(1, 2, 0), expected)
+
+
+def test_jpegs_that_opencv_would_change_or_fill_with_grey_are_left_to_pillow():
+    image = Image.fromarray(noise())
+    content, turned = jpeg(image), Image.Exif()
+    turned[0x0112] = 6
+    assert decode_jpeg(content, "x") is not None
+    others = [jpeg(image.convert("CMYK")), jpeg(image, exif=turned), content + b"\0", b"", b"GIF89a"]
+    others += [content[:size] for size in range(len(content))]
+    others += [content[:size] + END + content[size:] for size in range(700, len(content) - 2, 9)]
+    assert not any(decode_jpeg(other, "x") is not None for other in others)
+
+
+def test_damaged_jpegs_are_read_by_opencv_only_where_pillow_reads_the_same():
+    content, refused = jpeg(Image.fromarray(noise(64, 64)), restart_marker_blocks=5), 0
+    for index in range(2, len(content), 3):
+        damaged = content[:index] + bytes([content[index] ^ 16]) + content[index + 1 :]
+        try:
+            expected = np.asarray(decode(damaged, "x").convert("RGB"))
+        except UserError:
+            refused += 1
+            assert decode_jpeg(damaged, "x") is None
+            continue
+        read = decode_jpeg(damaged, "x")
+        assert read is None or np.array_equal(read.permute(1, 2, 0), expected)
+    assert refused > 5
 
 
 def test_transparent_palettes_are_read_without_a_warning(tmp_path, recwarn):

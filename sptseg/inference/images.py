@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..core import UserError, asset_path
-from ..data.files import check_dimensions, decode, read_bytes
+from ..data.files import check_dimensions, decode, decode_jpeg, read_bytes
 
 # %% ../../nbs/44_inference.images.ipynb #44a10005
 def image_from_array(
@@ -77,7 +77,9 @@ def as_image(
     """Read or convert an image; anything else raises a `UserError` that names it."""
     name = str(image) if isinstance(image, str | Path) else type(image).__name__
     if isinstance(image, str | Path):
-        pixels = image_from_pil(decode(read_bytes(image), image), name)
+        content = read_bytes(image)
+        pixels = decode_jpeg(content, image)
+        pixels = image_from_pil(decode(content, image), name) if pixels is None else pixels
     elif isinstance(image, Image.Image):
         pixels = image_from_pil(image)
     elif isinstance(image, np.ndarray):
