@@ -31,6 +31,7 @@ from ..inference.windows import default_stride, predict_labels, resize_masks
 from ..models.clip import ClipModel, load_clip
 from ..models.device import choose_device
 from ..models.encoder import embed_patches
+from ..models.packed import library_for, pack
 from ..models.segmenter import SEEN_BIAS, FileNotes, Segmenter, load_segmenter, read_segmenter_file
 from ..models.text import class_embeddings, load_text_embeddings
 from ..recipe import Recipe, check_recipe, refuse_empty
@@ -244,6 +245,7 @@ def load_model(
         benchmark = without_split(benchmark)
     device = choose_device(recipe.device)
     model = load_segmenter(weights, clip.visual, clip=recipe.clip, expected=recipe.segmenter_config()).to(device)
+    pack(model.encoder, library_for(clip.visual, device))
     biased = biased_classes(benchmark.labels, recipe.setting)
     return benchmark, model, segmenter_predictor(model, text.to(device), biased, recipe.seen_bias)
 

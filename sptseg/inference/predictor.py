@@ -37,6 +37,7 @@ from sptseg.inference.windows import (
 )
 from ..models.clip import ClipModel, load_clip
 from ..models.device import choose_device
+from ..models.packed import library_for, pack
 from sptseg.models.segmenter import (
     SEEN_BIAS,
     FileNotes,
@@ -258,6 +259,7 @@ class Predictor(HubModel):
     ):
         self.device = choose_device(device)
         self.segmenter, self.clip_model = segmenter.to(self.device), clip_model
+        pack(segmenter.encoder, library_for(clip_model.visual, self.device))
         self.notes, self.source, self.embeddings = notes, source or {}, embeddings
         self.classes, self.unseen, self.metrics = notes.classes, notes.unseen, notes.metrics
         clip_model.model.to(self.device)

@@ -26,6 +26,7 @@ from ..data.report import early_warnings
 from ..evaluation.evaluate import benchmark_of
 from ..models.clip import load_clip
 from ..models.device import choose_device
+from ..models.packed import library_for
 from ..recipe import Recipe, peak_rate_share, phases, slow_run_warning
 from .checkpoint import checkpoints
 from sptseg.training.evaluations import (
@@ -44,6 +45,7 @@ from sptseg.training.run_folder import (
     WEIGHTS,
     check_recipe_of,
     claim_folder,
+    has_state,
     read_results,
     run_inputs,
     stopped_text,
@@ -219,7 +221,9 @@ def train(
         benchmark, clip = benchmark_of(recipe), load_clip(recipe.clip, weights=recipe.clip_weights)
         if not (out / RESULTS).exists():
             check_settings(recipe, benchmark.labels)
-        claim_folder(out, recipe, run_inputs(recipe, benchmark, clip))
+        precise = recipe.mixed_precision == "no" and not has_state(out)  # a run that goes on keeps its choice
+        library = library_for(clip.visual, choose_device(recipe.device)) if precise else None
+        claim_folder(out, recipe, run_inputs(recipe, benchmark, clip), library)
         if not (out / RESULTS).exists():
             check_readable(benchmark.train, benchmark.val, progress=progress)
             for text in early_warnings(benchmark.labels, benchmark.train) if recipe.data_root else ():

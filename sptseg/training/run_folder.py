@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'INPUTS', 'WEIGHTS', 'BEST', 'RESULTS', 'INTERVAL_KEYS', 'START_KEYS', 'has_state', 'check_recipe_of',
-           'file_sha256', 'check_continuation', 'start_of', 'run_inputs', 'claim_folder', 'stopped_text',
-           'read_results']
+           'file_sha256', 'check_continuation', 'start_of', 'run_inputs', 'chosen_library', 'claim_folder',
+           'stopped_text', 'read_results']
 
 # %% ../../nbs/64_training.run_folder.ipynb #e00b79e7
 import hashlib
@@ -50,7 +50,7 @@ def check_recipe_of(
         raise UserError(f"{out}: holds a run of another recipe ({changed}); choose another folder or delete it")
 
 # %% ../../nbs/64_training.run_folder.ipynb #86c385c8
-START_KEYS = ("init_from", "continue_from")  # needed until the first checkpoint only
+START_KEYS = ("init_from", "continue_from", "matmuls")  # decided at the start of a run
 
 
 def file_sha256(
@@ -100,14 +100,23 @@ def run_inputs(
     return {"clip": clip.weights_hash[:16], **data_identity(benchmark), **text}
 
 
+def chosen_library(
+    out: Path,  # folder of a run
+) -> str | None:  # None: ordinary linear layers
+    """Read with which library a run packs its frozen weights; its last digits depend on it."""
+    return read_yaml(out / INPUTS).get("matmuls") if (out / INPUTS).exists() else None  # JSON is YAML, too
+
+
 def claim_folder(
     out: Path,  # folder of the run
     recipe: Recipe,
     inputs: dict[str, str],  # see `run_inputs`
+    library: str | None = None,  # of packed weights, for a run that begins; see `sptseg.models.packed`
 ) -> None:
     """Write recipe and inputs into the folder; a run of another recipe or on other data raises `UserError`."""
     check_recipe_of(out, recipe)
-    path, before = out / INPUTS, {} if has_state(out) else start_of(recipe)
+    chosen = {"matmuls": library} if library else {}
+    path, before = out / INPUTS, {} if has_state(out) else {**start_of(recipe), **chosen}
     if has_state(out) and path.exists():
         before = read_yaml(path)  # JSON is YAML, too
         keys = [key for key in {**before, **inputs} if before.get(key) != inputs.get(key) and key not in START_KEYS]
