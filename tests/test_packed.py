@@ -33,7 +33,11 @@ def results(model):
     masks = model(IMAGES.to(model.decoder.query_projection.weight.dtype), TEXT.to(model.encoder.visual.proj.dtype))
     model.zero_grad()
     masks.float().square().mean().backward()
-    parts = {name: one.grad for name, one in model.trained_tensors().items() if not name.endswith("cross.key.bias")}
+    parts = {
+        name: one.grad
+        for name, one in model.trained_tensors().items()
+        if one.grad is not None and not name.endswith("cross.key.bias")
+    }
     with torch.inference_mode():
         return {
             "masks": masks.detach(),
@@ -44,7 +48,7 @@ def results(model):
 
 @pytest.mark.skipif(not HERE, reason="PyTorch without MKL and oneDNN")
 @pytest.mark.parametrize("activation", [QuickGELU, torch.nn.GELU])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["zegclip", "spt-seg", "clip-rc"])
 def test_masks_and_gradients_stay_the_same(method, activation):
     model = make(method, activation)
     expected, names, plain = results(model), list(model.state_dict()), model.encoder.run_block

@@ -134,15 +134,17 @@ class PackedBlock(PromptedBlock):
         block: nn.Module,  # one residual attention block of CLIP, frozen
         tokens: Tensor,  # [g, H], (B, 1 + N, D)
         prompts: Tensor | None,  # V, (B, M, D), or None for a block without prompts
+        mask: Tensor | None = None,  # as in `PromptedBlock`
     ) -> Tensor:  # (B, 1 + N, D)
         if not is_plain_float32(tokens) or not is_plain_float32(block.mlp.c_fc.weight.data):
-            return super().forward(block, tokens, prompts)
+            return super().forward(block, tokens, prompts, mask)
         (query, key_value, output, first, second), heads = self.layers(block), block.attn.num_heads
         normed = block.ln_1(tokens)
         keys_values = normed if prompts is None else torch.cat([normed, block.ln_1(prompts)], 1)
+        mask = mask if mask is None else mask[:, : keys_values.shape[1]]
         key, value = key_value(keys_values).unflatten(-1, (2, heads, -1)).unbind(-3)
         parts = (part.transpose(1, 2) for part in (query(normed).unflatten(-1, (heads, -1)), key, value))
-        attended = F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+        attended = F.scaled_dot_product_attention(*parts, attn_mask=mask).transpose(1, 2).flatten(2)
         tokens = tokens + block.ls_1(output(attended))
         quick = isinstance(block.mlp.gelu, QuickGELU)
         hidden = first(block.ln_2(tokens), silu=quick)
