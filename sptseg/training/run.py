@@ -26,6 +26,7 @@ from ..data.label_sets import train_class_ids
 from ..evaluation.evaluate import load_parts, read_notes
 from ..models.clip import ClipModel
 from ..models.decoder import DecoderOutputs, selections
+from ..models.packed import pack
 from ..models.segmenter import Segmenter, build_segmenter, load_segmenter
 from ..recipe import Recipe, learning_rate, phases
 from .batches import Batch, device_batches, set_iteration_seed, train_loader
@@ -33,6 +34,7 @@ from .checkpoint import checkpoint_path, checkpoints, load_checkpoint, save_chec
 from .dead_start import dead_start_check, turn_dead_tokens
 from .losses import pseudo_label, training_loss
 from .mask_losses import present_classes
+from .run_folder import chosen_library
 
 # %% ../../nbs/65_training.run.ipynb #95ead86d
 def initial_segmenter(
@@ -95,6 +97,8 @@ class Run:
             build_segmenter(clip.visual, recipe.segmenter_config()) if resumed else initial_segmenter(recipe, clip)
         )
         self.segmenter.encoder.checkpointing = recipe.gradient_checkpointing
+        if accelerator.device.type == "cpu":
+            pack(self.segmenter.encoder, chosen_library(out))
         optimizer = make_optimizer(self.segmenter, recipe)
         source = out if resumed or not recipe.continue_from else Path(recipe.continue_from)
         self.done, self.history = load_checkpoint(source, self.segmenter, optimizer)
