@@ -143,7 +143,7 @@ def read_record(
     """Read a record if it is current."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        made_by = check_recipe(record["recipe"], str(path))
+        made_by = check_recipe({"live_start": False, **record["recipe"]}, str(path))  # older records lack the key
     except (OSError, ValueError, KeyError):
         return None
     return record if made_by.model_dump(include=keys) == recipe.model_dump(include=keys) else None
