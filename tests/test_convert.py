@@ -334,4 +334,4 @@ def test_every_name_of_the_releases_is_read_or_has_a_reason(kind):
         state = {name: torch.empty(shape) for name, shape in released["parameters"].items()}
     translation = translate_state(state)
     assert translation.left_out.keys() == set(released["never_used_by_the_loss"]["names"])
-    assert max(int(LAYER.fullmatch(name)[1]) for name in state if LAYER.fullmatch(name)) == 2
+    assert max(int(LAYER.fullmatch(name)[2]) for name in state if LAYER.fullmatch(name)) == 2

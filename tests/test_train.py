@@ -199,14 +199,14 @@ def test_losses_that_are_read_later_are_the_same(tmp_path, monkeypatch, stopped)
 
 
 def test_a_loss_that_is_read_later_and_not_finite_is_never_saved(tmp_path, monkeypatch):
-    computing, losses = sptseg.training.run.segmentation_loss, []
+    computing, losses = sptseg.training.run.training_loss, []
 
     def broken(*arguments, **options):
         losses.append(computing(*arguments, **options))
         return {name: loss * math.nan for name, loss in losses[-1].items()} if len(losses) > 2 else losses[-1]
 
     monkeypatch.setitem(sptseg.training.run.READ_EVERY, "cpu", 20)
-    monkeypatch.setattr("sptseg.training.run.segmentation_loss", broken)
+    monkeypatch.setattr("sptseg.training.run.training_loss", broken)
     with pytest.raises(UserError, match="iteration 2: the loss is nan.*the last checkpoint is kept"):
         train(tiny(iterations=6, eval_every=6, checkpoint_every=2), tmp_path, progress=False)
     [kept] = checkpoints(tmp_path)
