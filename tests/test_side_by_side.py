@@ -78,7 +78,7 @@ def test_ctrl_c_saves_all_runs(tmp_path):
     while not all(checkpoints(folder) for folder in folders(tmp_path)) and process.poll() is None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=240)
     assert process.returncode != 0 and "KeyboardInterrupt" in said
     for folder in folders(tmp_path):
         done = int(checkpoints(folder)[0].stem.rpartition("-")[2])

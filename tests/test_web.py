@@ -289,6 +289,7 @@ def test_the_page_stops_with_the_process(model, capsys):
     def stop():  # as soon as the page answers
         while not answers_at(port):
             time.sleep(0.1)
+        time.sleep(3)  # the address is printed next
         os.kill(os.getpid(), signal.SIGTERM)
 
     stopper = threading.Thread(target=stop)
