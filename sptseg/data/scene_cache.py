@@ -48,7 +48,7 @@ def read_scene(
     path: Path,  # file of records
     index: int,  # of the image
     length: int,  # of the content, bytes
-) -> bytes | None:  # the content; None if there is no such record
+) -> bytes | None:  # the content; None if the record is missing or damaged
     """Read the record of an image."""
     try:
         with open(path, "rb", buffering=0) as file:

@@ -35,7 +35,7 @@ def has_state(
 
 def check_recipe_of(
     out: Path,  # folder of the run
-    recipe: Recipe,  # what was asked for
+    recipe: Recipe,  # the requested one
 ) -> None:
     """Refuse a folder with a run of another recipe."""
     path, finished = out / RECIPE, (out / RESULTS).exists()
