@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -61,20 +62,6 @@ def run(root, out, **changes):
     return train(short(root, **changes), out, progress=False)
 
 
-def stop_after(monkeypatch, iteration):
-    """Interrupt the next runs after an iteration."""
-    from sptseg.training import loop
-
-    recording = loop.record
-
-    def interrupt(run):
-        recording(run)
-        if run.done == iteration:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop, "record", interrupt)
-
-
 @pytest.fixture
 def home(tmp_path):
     return make_folder(tmp_path / "home")
@@ -93,15 +80,10 @@ CHANGES = {
 
 
 @pytest.mark.parametrize(("change", "finished"), [*((change, True) for change in CHANGES), ("one image more", False)])
-def test_a_run_is_not_continued_on_other_data(tmp_path, home, monkeypatch, change, finished):
+def test_a_run_is_not_continued_on_other_data(tmp_path, home, interrupted_after, change, finished):
     out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        if not finished:
-            stop_after(patch, 2)
-            with pytest.raises(KeyboardInterrupt):
-                run(home, out)
-        else:
-            run(home, out)
+    with nullcontext() if finished else interrupted_after(2):
+        run(home, out)
     other = shutil.copytree(home, tmp_path / "other")
     CHANGES[change](other)
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
@@ -112,10 +94,9 @@ def test_a_run_is_not_continued_on_other_data(tmp_path, home, monkeypatch, chang
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
 
-def test_moved_data_are_the_same_data(tmp_path, home, monkeypatch):
+def test_moved_data_are_the_same_data(tmp_path, home, interrupted_after):
     whole = run(home, tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_after(patch, 2)
+    with interrupted_after(2):
         run(home, tmp_path / "run")
     moved = home.rename(tmp_path / "elsewhere")
     assert run(moved, tmp_path / "run")["metrics"] == whole["metrics"]
@@ -245,10 +226,9 @@ def test_what_cannot_be_prolonged_is_refused(tmp_path, home, changes, message):
         run(home, tmp_path / "longer", iterations=6, continue_from=str(tmp_path / "first"))
 
 
-def test_intervals_may_change_until_the_end(tmp_path, home, monkeypatch, capsys):
+def test_intervals_may_change_until_the_end(tmp_path, home, interrupted_after, capsys):
     whole = run(home, tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="iteration 3 of 4 is saved"):
-        stop_after(patch, 3)
+    with interrupted_after(3, match="iteration 3 of 4 is saved"):
         run(home, tmp_path / "run")
     results = train(short(home, eval_every=2, checkpoint_every=1), tmp_path / "run")
     assert results["metrics"] == whole["metrics"]

@@ -84,17 +84,9 @@ STOPS = [("inductive", 1), ("supervised", 3), ("transductive", 1), ("transductiv
 
 
 @pytest.mark.parametrize(("setting", "stop"), STOPS)
-def test_resuming_at_any_iteration_changes_nothing(tmp_path, monkeypatch, setting, stop):
+def test_resuming_at_any_iteration_changes_nothing(tmp_path, interrupted_after, setting, stop):
     whole = weights_of(tmp_path / "whole", iterations=4, setting=setting)
-    recording = sptseg.training.loop.record
-
-    def interrupt(run):
-        recording(run)
-        if run.done == stop:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("sptseg.training.loop.record", interrupt)
+    with interrupted_after(stop):
         weights_of(tmp_path / "stopped", iterations=4, setting=setting)
     assert weights_of(tmp_path / "stopped", iterations=4, setting=setting) == whole
 

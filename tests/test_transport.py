@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-import sptseg.training.loop
+import sptseg
 from sptseg.app.export import export_model
 from sptseg.core import UserError
 from sptseg.models.segmenter import METHODS, build_segmenter
@@ -101,18 +101,10 @@ TINY = {
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
-def test_resuming_changes_nothing(tmp_path, monkeypatch, stop):
+def test_resuming_changes_nothing(tmp_path, interrupted_after, stop):
     recipe = check_recipe(TINY)
     train(recipe, tmp_path / "whole", progress=False)
-    recording = sptseg.training.loop.record
-
-    def interrupt(run):
-        recording(run)
-        if run.done == stop:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("sptseg.training.loop.record", interrupt)
+    with interrupted_after(stop):
         train(recipe, tmp_path / "stopped", progress=False)
     train(recipe, tmp_path / "stopped", progress=False)
     first, second = ((tmp_path / name / WEIGHTS).read_bytes() for name in ("whole", "stopped"))
