@@ -173,11 +173,11 @@ def _zip_members(file) -> Iterator[_Member]:
 # %% ../../nbs/20_data.preparation.ipynb #d0303d0c
 def _safe_path(name: str, folder: Path, archive: Path) -> Path:
     """Join a folder and the name of a member; a path outside the folder raises `UserError`."""
-    try:
-        return folder / tarfile.data_filter(tarfile.TarInfo(name), str(folder)).name
-    except tarfile.FilterError:
+    path = folder / name.lstrip("/")
+    if not path.resolve().is_relative_to(folder.resolve()):
         remedy = "do not use this archive, or replace a link on this path by a folder"
-        raise UserError(f"{archive}: {name!r} leads out of {folder}; {remedy}") from None
+        raise UserError(f"{archive}: {name!r} leads out of {folder}; {remedy}")
+    return path
 
 
 def _find_target(item: tarfile.TarInfo, folder: Path, place: Callable[[str], str | None], archive: Path) -> Path | None:
@@ -232,8 +232,6 @@ def unpack(
 ) -> int:  # number of files written; those already there do not count
     """Unpack the missing files of an archive; raises `UserError` on damage and on unsafe members."""
     archive, folder, found, written = Path(archive), Path(folder), 0, 0
-    if not hasattr(tarfile, "data_filter"):
-        raise UserError("unpacking needs tarfile's extraction filters; use Python 3.10.12, 3.11.4 or newer")
     members = _zip_members if archive.suffix.lower() == ".zip" else _tar_members
     bar = dict(total=archive.stat().st_size, desc=f"unpack {archive.name}", disable=not progress)
     try:
