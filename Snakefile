@@ -7,7 +7,7 @@
 # How to read this file: a rule makes a file (output) from others (input) by a command (shell), for every value of the names
 # in braces. Snakemake starts from the requested rule (tables, table1, figures, …), finds the files that it needs, and runs
 # the commands that make them, up to JOBS at a time. The part of a command after `--` can also be typed by hand;
-# nbs/84_paper.batch.ipynb explains the part before it.
+# nbs/88_paper.batch.ipynb explains the part before it.
 #
 # Where to look: data/runs/<recipe>/seed<k>.ipynb is the executed notebook of a run, seed<k>.log its output (`tail -f` follows
 # a long run), and the folder seed<k> holds checkpoints and weights. data/results/<recipe>/seed<k>.json is its record, from

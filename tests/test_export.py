@@ -129,7 +129,7 @@ def test_a_program_is_run_by_pytorch_alone(predictor, tmp_path):
 
 
 def test_the_lines_of_the_notebook_need_no_pytorch(fixed):
-    cells = json.loads((ROOT / "nbs/75_app.export.ipynb").read_text(encoding="utf-8"))["cells"]
+    cells = json.loads((ROOT / "nbs/76_app.export.ipynb").read_text(encoding="utf-8"))["cells"]
     [block] = [text for cell in cells if "onnxruntime.InferenceSession(onnx_file)" in (text := "".join(cell["source"]))]
     assert len([line for line in block.splitlines() if line]) <= 10
     start = f"import sys; sys.modules['torch'] = sys.modules['sptseg'] = None; onnx_file = {str(fixed[0])!r}\n"
