@@ -8,12 +8,21 @@ import pytest
 import torch
 from open_clip.transformer import QuickGELU, VisionTransformer
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from sptseg.app.formats import FORMATS, WindowModel, trace, without_fft
 from sptseg.core import UserError
 from sptseg.models.segmenter import METHODS, build_segmenter, load_segmenter, read_segmenter_file, save_segmenter
-from sptseg.paper.complexity import count_values, vit_b_16
+from sptseg.paper.complexity import (
+    conventions,
+    count_by_torch,
+    count_operations,
+    count_values,
+    leftover_modules,
+    release_detours,
+    vit_b_16,
+)
 from sptseg.recipe import check_recipe
 from sptseg.releases.convert import convert_checkpoint
 from sptseg.releases.names import our_name, read_segmenter, reason_to_leave_out
@@ -60,15 +69,61 @@ def test_what_is_trained_frozen_or_left_out_is_what_it_is_in_the_authors_code(na
     assert ours | prompts | set(case["requires_grad_but_never_used"]) == set(case["requires_grad"])
 
 
-@pytest.mark.parametrize("repo", REPOS)
-def test_parameters_at_full_size(repo):
-    for case, record in FULL[repo].items():
-        prompts = int(case.split("_")[1])
-        with torch.device("meta"):
-            model = build_segmenter(vit_b_16(), METHODS[REPOS[repo]].model_copy(update={"num_prompts": prompts}))
-        assert count_values(model, trained=True) == record["really_trained"]
-        frozen = sum(t.numel() for t in model.stored_tensors().values()) - record["really_trained"]
-        assert frozen == sum(record["frozen_in_backbone_and_not_in_clip"].values())
+FULL_SIZE = [(repo, case) for repo in (*REPOS, "otseg") for case in FULL[repo]]
+
+
+def full_size(repo, case):
+    """A model of the papers' size, and the shape of the texts of all classes."""
+    _, prompts, _, classes, _ = case.split("_")
+    settings = {"num_prompts": int(prompts)}
+    model = build_segmenter(vit_b_16(), METHODS[REPOS.get(repo, "otseg+")].model_copy(update=settings))
+    templates = {"20": 6, "171": 8}[classes]
+    return model, (int(classes), *[templates] * model.config.templates_apart, 512)
+
+
+@pytest.mark.parametrize(("repo", "case"), FULL_SIZE)
+def test_parameters_at_full_size(repo, case):
+    record = FULL[repo][case]
+    with torch.device("meta"):
+        model, _ = full_size(repo, case)
+    used, unused = count_values(model, trained=True), leftover_modules(model.config, 512)
+    assert used == record["really_trained"]
+    assert used + sum(map(count_values, unused.values())) == record["requires_grad"]
+    frozen = sum(t.numel() for t in model.stored_tensors().values()) - used
+    assert frozen == sum(record["frozen_in_backbone_and_not_in_clip"].values())
+    names = {f"{name}.{inside}" for name, module in unused.items() for inside, _ in module.named_parameters()}
+    assert names <= FULL[repo]["voc_10_tokens_20_classes"]["parameters"].keys()
+
+
+@pytest.mark.parametrize(("repo", "case"), FULL_SIZE)
+def test_products_at_full_size_are_those_of_the_authors_code(repo, case):
+    """Exactly, but for the detours and for contractions that fvcore rounds to four digits."""
+    record = FULL[repo][case]["gflops_by_operator"]
+    with FakeTensorMode():
+        model, shape = full_size(repo, case)
+        ours = count_by_torch(model, torch.empty(1, 3, 512, 512), torch.empty(shape))[""]
+    prompts, regions = model.config.num_prompts, model.config.regions**2
+    outputs = 12 * prompts * (10 * 768**2 + 2 * 768 * (1025 + prompts + regions)) + prompts * 768 * 512
+    detours = {"clip_rc": 15 * shape[0] * 1024 * 512, "cascade_clip": 6 * (1 + prompts) * 768 * 512}.get(repo, 0)
+    if repo != "otseg":
+        detours += {"clip_rc": 16, "cascade_clip": 3}[repo] * shape[0] * 512 // 2
+    theirs = sum(value for name, value in record.items() if name not in ("layer_norm", "upsample_bilinear2d"))
+    assert ours + outputs + detours == pytest.approx(1e9 * theirs, abs=5e-4 * 1e9 * record["einsum"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("repo", "case"), FULL_SIZE)
+def test_operations_at_full_size_are_those_of_the_authors_code(repo, case):
+    with torch.device("meta"):
+        model, shape = full_size(repo, case)
+    model = model.to_empty(device="cpu")
+    for tensor in model.parameters():
+        tensor.data.normal_(std=0.02)
+    table = count_operations(model, torch.zeros(1, 3, 512, 512), torch.zeros(shape))
+    total = conventions(table)["published"] + sum(release_detours(model, shape[0]).values())
+    theirs = FULL[repo][case]
+    rounding = 5e-4 * 1e9 * theirs["gflops_by_operator"]["einsum"]
+    assert total == pytest.approx(1e9 * theirs["gflops_attention_counted"][""], abs=rounding)
 
 
 def recipe_of(name, **changes):
