@@ -129,7 +129,8 @@ def run_convert_data(arguments: argparse.Namespace) -> int:
 def run_report(arguments: argparse.Namespace) -> int:
     """Report the content of a dataset."""
     from sptseg.data.benchmarks import load_benchmark
-    from sptseg.data.report import report_text, show_report, survey
+    from sptseg.data.report import report_text, show_report
+    from sptseg.data.survey import survey
     from sptseg.plots import save_figure, use_style
 
     use_style()

@@ -16,16 +16,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 from sptseg.core import IGNORE, UserError  # noqa: E402
 from sptseg.data.files import FileSamples  # noqa: E402
 from sptseg.data.label_sets import LabelSet, load_label_set, raw_lookup
-from sptseg.data.report import (  # noqa: E402
-    early_warnings,
-    evenly,
-    name_places,
-    pick_examples,
-    report_text,
-    report_warnings,
-    show_report,
-    survey,
-)
+from sptseg.data.report import name_places, pick_examples, report_text, show_report  # noqa: E402
+from sptseg.data.survey import early_warnings, evenly, report_warnings, survey  # noqa: E402
 from sptseg.data.transforms import Sample  # noqa: E402
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples"

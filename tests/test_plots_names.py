@@ -12,7 +12,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from sptseg import plots  # noqa: E402
 from sptseg.data.label_sets import LabelSet  # noqa: E402
-from sptseg.data.report import show_report, survey  # noqa: E402
+from sptseg.data.report import show_report  # noqa: E402
+from sptseg.data.survey import survey  # noqa: E402
 from sptseg.data.transforms import Sample  # noqa: E402
 from sptseg.plots import add_fonts, drawn_name, font_letters, plot_class_iou, show_images, show_segmentations  # noqa: E402
 

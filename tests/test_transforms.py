@@ -11,6 +11,7 @@ from torchvision.transforms.v2.functional import normalize
 
 from sptseg.core import IGNORE, UNSEEN, UserError
 from sptseg.data.colours import to_tensor
+from sptseg.data.crops import is_varied, random_box, sample_crop_box
 from sptseg.data.label_sets import LabelSet, label_to_train_id
 from sptseg.data.transforms import (
     IMAGENET_MEAN,
@@ -20,15 +21,12 @@ from sptseg.data.transforms import (
     SegmentationData,
     TrainTransform,
     flip,
-    is_varied,
     normalise,
     pad_to,
-    random_box,
     random_size,
     rescaled_size,
     resize_image,
     resize_mask,
-    sample_crop_box,
     sample_generator,
 )
 

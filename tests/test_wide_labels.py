@@ -7,11 +7,13 @@ import yaml
 from PIL import Image
 
 from sptseg.core import IGNORE, UserError, ignore_label, unseen_label
+from sptseg.data.crops import is_varied
 from sptseg.data.files import read_mask
 from sptseg.data.folder import folder_labels, folder_samples
 from sptseg.data.label_sets import LabelSet, label_to_train_id, raw_lookup, remap_labels, train_class_ids
-from sptseg.data.report import report_text, show_report, survey
-from sptseg.data.transforms import SegmentationData, TrainTransform, is_varied
+from sptseg.data.report import report_text, show_report
+from sptseg.data.survey import survey
+from sptseg.data.transforms import SegmentationData, TrainTransform
 from sptseg.evaluation.metrics import SegmentationMetrics
 from sptseg.plots import colour_mask, label_palette, show_segmentations
 from sptseg.training.losses import pseudo_label, segmentation_loss

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'Sample', 'check_sample', 'sample_generator', 'rescaled_size', 'random_size',
-           'resize_image', 'resize_mask', 'flip', 'random_box', 'ignore_value', 'is_varied', 'sample_crop_box',
-           'normalise', 'pad_to', 'TrainTransform', 'EvalTransform', 'SegmentationData']
+           'resize_image', 'resize_mask', 'flip', 'normalise', 'pad_to', 'TrainTransform', 'EvalTransform',
+           'SegmentationData']
 
 # %% ../../nbs/11_data.transforms.ipynb #1bbcdfb3
 from dataclasses import dataclass
@@ -18,8 +18,9 @@ import torchvision.transforms.v2.functional as F
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-from ..core import IGNORE, UserError
+from ..core import UserError
 from .colours import change_colours, coin, draw_colours, to_array, to_tensor, uniform
+from .crops import ignore_value, sample_crop_box
 from .label_sets import remap_labels
 
 # %% ../../nbs/11_data.transforms.ipynb #9b608533
@@ -99,48 +100,6 @@ def flip(
 ) -> Tensor:  # same shape
     "Mirror left and right."
     return to_tensor(cv2.flip(to_array(values), 1))
-
-# %% ../../nbs/11_data.transforms.ipynb #0654a25b
-def random_box(
-    size: tuple[int, int],  # (height, width) of the image
-    crop_size: int,  # side of the square crop, pixels
-    generator: Generator,  # the source of the two draws
-) -> tuple[int, int, int, int]:  # top, left, height, width
-    "Draw a box inside the image, at most as large as the image."
-    corner = [int(torch.randint(max(side - crop_size, 0) + 1, (), generator=generator)) for side in size]
-    return *corner, min(crop_size, size[0]), min(crop_size, size[1])
-
-# %% ../../nbs/11_data.transforms.ipynb #058e150f
-def ignore_value(
-    mask: Tensor,  # uint8, or int32 for labels of 16 bits
-) -> int:  # 255 or 65535
-    "Return the label of a pixel without class, in a mask of this type."
-    return IGNORE if mask.dtype == torch.uint8 else 65535
-
-
-def is_varied(
-    mask: Tensor,  # (h, w) uint8 or int32 labels of a crop
-    cat_max_ratio: float,  # of the commonest class
-) -> bool:  # True if the crop has two classes or more and none of them dominates
-    "Check that the mask shows several classes and the commonest covers less than `cat_max_ratio` of the labels."
-    labels, ignore = mask.numpy(), ignore_value(mask)
-    whole = labels if labels.dtype == np.uint8 else labels.astype(np.uint16)  # the types that OpenCV counts
-    counts = cv2.calcHist([whole], [0], None, [ignore + 1], [0, ignore + 1])[: ignore - 1]  # without special labels
-    return bool((counts > 0).sum() > 1 and counts.max() / counts.sum(dtype=np.float64) < cat_max_ratio)
-
-# %% ../../nbs/11_data.transforms.ipynb #4a860acf
-def sample_crop_box(
-    mask: Tensor,  # (H, W) uint8 labels, already remapped for training
-    crop_size: int,  # side of the square crop, pixels
-    cat_max_ratio: float,  # of the commonest class
-    generator: Generator,  # the source of all draws
-) -> tuple[int, int, int, int]:  # top, left, height, width
-    "Draw boxes until one is varied; after ten failures, take the next one as it is."
-    for _ in range(10):
-        box = random_box(mask.shape, crop_size, generator)
-        if is_varied(F.crop(mask, *box), cat_max_ratio):
-            return box
-    return random_box(mask.shape, crop_size, generator)
 
 # %% ../../nbs/11_data.transforms.ipynb #ed043902
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # of R, G, B in 0..255

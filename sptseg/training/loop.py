@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..core import UserError, read_yaml, save_json
 from ..data.integrity import check_readable
-from ..data.report import early_warnings
+from ..data.survey import early_warnings
 from ..evaluation.evaluate import benchmark_of
 from ..models.clip import load_clip
 from ..models.device import choose_device
