@@ -6,10 +6,12 @@
 __all__ = ['NAMES', 'CONTEXT_LENGTH', 'CaptionedPool', 'make_pool', 'write_caption', 'tokenize', 'caption_tokens',
            'compact_vocabulary', 'full_vocabulary', 'text_vectors', 'image_vectors', 'caption_loss', 'name_loss',
            'soft_maximum', 'patch_loss', 'Stage', 'pretraining_losses', 'learning_rate_share', 'pretrain_stage',
-           'name_vectors', 'classification_accuracy', 'dense_labels', 'dense_confusion', 'dense_accuracy',
-           'round_to_half', 'save_clip']
+           'stage_path', 'save_stage', 'load_stage', 'name_vectors', 'classification_accuracy', 'dense_labels',
+           'dense_confusion', 'dense_accuracy', 'round_to_half', 'save_clip']
 
 # %% ../../nbs/67_training.pretrain.ipynb #19e82241
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ import numpy as np
 import open_clip
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Embedding
@@ -236,6 +239,44 @@ def pretrain_stage(
         torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
         optimizer.step()
         yield {name: float(loss.detach()) for name, loss in losses.items()}
+
+# %% ../../nbs/67_training.pretrain.ipynb #pt5f0002
+def stage_path(
+    folder: str | Path,  # of the stages
+    config: dict,  # arguments of `open_clip.CLIP`
+    seed: int,
+    stages: Sequence[Stage],  # up to the one that the file belongs to
+) -> Path:  # a file that exists after that stage
+    """Name the file of a stage by the content of everything before its end."""
+    origin = json.dumps([config, seed, [stage.model_dump() for stage in stages]], sort_keys=True)
+    return Path(folder, f"stage{len(stages)}-{hashlib.sha256(origin.encode()).hexdigest()[:16]}.safetensors")
+
+
+def save_stage(
+    path: Path,  # from `stage_path`
+    clip: open_clip.CLIP,  # with a reduced vocabulary
+    rng: np.random.Generator,  # in its state after the stage
+    report: dict,  # curves and measures, as JSON can hold them
+) -> None:
+    """Write the state at the end of a stage, atomically."""
+    notes = {"report": json.dumps({**report, "rng": rng.bit_generator.state})}
+    tensors = {name: tensor.contiguous() for name, tensor in clip.state_dict().items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, notes))
+
+
+def load_stage(
+    path: Path,  # from `stage_path`
+    clip: open_clip.CLIP,  # with a reduced vocabulary; changed in place
+    rng: np.random.Generator,  # changed in place
+) -> dict | None:  # the report, or None if there is no such file
+    """Go on behind a stage that an earlier run has finished."""
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        report = json.loads(file.metadata()["report"])
+        clip.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
+    rng.bit_generator.state = report.pop("rng")
+    return report
 
 # %% ../../nbs/67_training.pretrain.ipynb #b1c54642
 def name_vectors(
