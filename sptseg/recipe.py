@@ -117,7 +117,7 @@ class Recipe(BaseModel):
     ratio_range: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)  # range of the random scale of training images
     long_side_ratio: PositiveFloat = 4.0  # longest side of an image at ratio 1, as a multiple of `image_size`
     photometric: bool = True  # whether training images get random color distortions
-    workers: NonNegativeInt = 0  # processes that load images
+    workers: NonNegativeInt | None = None  # processes that load images; None: chosen by device and cores
     # the optimization
     iterations: PositiveInt = 20_000
     batch_size: PositiveInt = 16  # summed over all processes

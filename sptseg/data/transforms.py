@@ -146,18 +146,20 @@ class TrainTransform:
         if self.crop_size < 1 or min(self.image_scale) < 1 or not 0 < self.ratio_range[0] <= self.ratio_range[1]:
             raise UserError(f"{self}: sizes must be positive, ratios positive and in order; correct the recipe")
 
+    def cut(self, image: Tensor, mask: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:  # steps 1 to 3, bytes
+        size = random_size(mask.shape, self.image_scale, self.ratio_range, generator)
+        mask = resize_mask(mask, size)
+        box = sample_crop_box(mask, self.crop_size, self.cat_max_ratio, generator)
+        image, mask = F.crop(resize_image(image, size), *box), F.crop(mask, *box)
+        return (flip(image), flip(mask)) if coin(generator, self.flip) else (image, mask)
+
     def __call__(
         self,
         image: Tensor,  # (3, H, W) uint8, RGB
         mask: Tensor,  # (H, W) uint8, labels already remapped for training
         generator: Generator,  # the source of all draws
     ) -> tuple[Tensor, Tensor]:  # (3, c, c) float32 and (c, c) uint8
-        size = random_size(mask.shape, self.image_scale, self.ratio_range, generator)
-        mask = resize_mask(mask, size)
-        box = sample_crop_box(mask, self.crop_size, self.cat_max_ratio, generator)
-        image, mask = F.crop(resize_image(image, size), *box), F.crop(mask, *box)
-        if coin(generator, self.flip):
-            image, mask = flip(image), flip(mask)
+        image, mask = self.cut(image, mask, generator)
         if self.photometric:
             image = change_colours(image, draw_colours(generator))
         image = pad_to(normalise(image, self.mean, self.std), self.crop_size, 0.0)
@@ -200,13 +202,16 @@ class SegmentationData(Dataset):
     def __len__(self) -> int:
         return len(self.base)
 
-    def __getitem__(
-        self,
-        key: int | tuple[int, int],  # index, or (epoch, index): another epoch draws anew
-    ) -> Sample:  # image float32, mask of the table's type
+    def read(self, key: int | tuple[int, int]) -> tuple[Sample, Generator]:  # remapped, and the source of its draws
         epoch, index = key if isinstance(key, tuple) else (0, key)
         sample = self.base[index]
         check_sample(sample)
         mask = remap_labels(sample.mask, self.lookup, sample.name)
-        generator = sample_generator(self.seed, epoch, index)
-        return Sample(*self.transform(sample.image, mask, generator), sample.name)
+        return sample._replace(mask=mask), sample_generator(self.seed, epoch, index)
+
+    def __getitem__(
+        self,
+        key: int | tuple[int, int],  # index, or (epoch, index): another epoch draws anew
+    ) -> Sample:  # image float32, mask of the table's type
+        (image, mask, name), generator = self.read(key)
+        return Sample(*self.transform(image, mask, generator), name)

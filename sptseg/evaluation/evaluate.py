@@ -29,7 +29,7 @@ from .details import EvaluationDetails
 from .metrics import SegmentationMetrics
 from ..inference.windows import default_stride, predict_labels, resize_masks
 from ..models.clip import ClipModel, load_clip
-from ..models.device import choose_device
+from ..models.device import choose_device, loader_workers
 from ..models.encoder import embed_patches
 from ..models.packed import library_for, pack
 from ..models.segmenter import SEEN_BIAS, FileNotes, Segmenter, load_segmenter, read_segmenter_file
@@ -260,7 +260,8 @@ def evaluate_weights(
     """Evaluate saved weights on a whole test set."""
     benchmark, _, predict = load_model(recipe, weights)
     check_readable(benchmark.val, progress=progress)
-    loader = eval_loader(benchmark, recipe.image_size, recipe.workers)
+    workers = loader_workers(recipe.workers, choose_device(recipe.device))
+    loader = eval_loader(benchmark, recipe.image_size, workers)
     details = None if details_folder is None else EvaluationDetails(details_folder, benchmark.labels)
     metrics = evaluate(predict, loader, benchmark.labels, progress=progress, details=details)
     if details is not None:

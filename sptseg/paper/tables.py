@@ -247,7 +247,7 @@ def clip_scores(
 ) -> dict:  # "metrics"
     """Evaluate the recipe's CLIP without training."""
     benchmark, clip, text = load_parts(recipe, training=False)
-    loader = eval_loader(benchmark, recipe.image_size, recipe.workers)
+    loader = eval_loader(benchmark, recipe.image_size, recipe.workers or 0)
     return {"metrics": evaluate(training_free_predictor(clip.visual, text), loader, benchmark.labels)}
 
 

@@ -27,6 +27,7 @@ from sptseg.evaluation.evaluate import (
     segmenter_predictor,
 )
 from ..evaluation.metrics import summarise
+from ..models.device import loader_workers
 from ..models.segmenter import save_segmenter
 from ..plots import show_segmentations
 from .run import Run, read_losses, save_state, saved_on_error
@@ -107,7 +108,8 @@ def evaluate_run(
     run.segmenter.eval()
     biased = biased_classes(labels, run.recipe.setting)
     predict = segmenter_predictor(run.segmenter, run.text, biased, run.recipe.seen_bias)
-    loader = eval_loader(run.benchmark, size, run.recipe.workers, **run.share)
+    workers = loader_workers(run.recipe.workers, run.accelerator.device)
+    loader = eval_loader(run.benchmark, size, workers, **run.share)
     with saved_on_error(run):
         metrics = evaluate(predict, loader, labels, run.progress)
     scalars = {f"val/{name}": value for name, value in metrics.items() if isinstance(value, float)}

@@ -29,7 +29,7 @@ from ..models.decoder import DecoderOutputs, selections
 from ..models.packed import pack
 from ..models.segmenter import Segmenter, build_segmenter, load_segmenter
 from ..recipe import Recipe, learning_rate, phases
-from .batches import Batch, device_batches, set_iteration_seed, train_loader
+from .batches import Batch, LoaderClock, device_batches, set_iteration_seed, train_loader
 from .checkpoint import checkpoint_path, checkpoints, load_checkpoint, save_checkpoint
 from .dead_start import dead_start_check, turn_dead_tokens
 from .losses import pseudo_label, training_loss
@@ -108,6 +108,7 @@ class Run:
             time.monotonic(),
             self.done,
         )  # when the losses were last read; where this process begins
+        self.loader_clock = LoaderClock(accelerator.device)
         self.unread, self.unlogged = [], []  # losses on the device, and those that the tracker has not seen
         if recipe.live_start and recipe.init_from is None and not self.done:
             self.turn_dead_tokens()
@@ -267,7 +268,8 @@ def training_batches(
     **part,  # of `BatchSampler`: first, last
 ) -> Iterator[Batch]:
     """Batches of this process; an image that cannot be read does not cost the iterations before it."""
-    loader = train_loader(run.benchmark, run.recipe, setting, **part, **run.share)
+    device = run.accelerator.device
+    loader = train_loader(run.benchmark, run.recipe, setting, device, **part, **run.share)
     classes = None if setting == "transductive" else len(train_class_ids(run.benchmark.labels, setting))
     with saved_on_error(run):
-        yield from device_batches(read_batches(loader), run.accelerator.device, classes)
+        yield from device_batches(run.loader_clock.waiting(read_batches(loader)), device, classes)
