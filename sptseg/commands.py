@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parse_overrides', 'default_folder', 'first_comment', 'run_train', 'run_recipes', 'run_evaluate', 'run_prepare',
            'run_convert_data', 'run_report', 'run_convert', 'run_check_reference', 'run_models', 'chosen_names',
-           'run_predict', 'run_export', 'run_app']
+           'loading_options', 'run_predict', 'run_export', 'run_app']
 
 # %% ../nbs/91_commands.ipynb #99d16d2d
 import argparse
@@ -87,7 +87,10 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     folder, overrides = Path(arguments.run), parse_overrides(arguments.settings)
     recipe = load_recipe(arguments.recipe, **overrides) if arguments.recipe else recipe_of_run(folder, **overrides)
     weights = folder / ("best.safetensors" if arguments.best else "model.safetensors")
-    results = evaluate_weights(recipe, weights, progress=not arguments.quiet, details_folder=arguments.details)
+    options = {"progress": not arguments.quiet, "details_folder": arguments.details}
+    if "mixed_precision" in overrides:  # the recipe alone does not change evaluations, which are in float32
+        options["mixed_precision"] = recipe.mixed_precision
+    results = evaluate_weights(recipe, weights, **options)
     out = arguments.out or evaluation_path(folder, recipe, results["data"], arguments.best)
     save_json(out, results)
     print(summarise(results["metrics"]))
@@ -188,6 +191,11 @@ def chosen_names(
     return None if arguments.classes_file is None else read_class_file(arguments.classes_file)
 
 
+def loading_options(arguments: argparse.Namespace) -> dict:  # of `sptseg.load`
+    """How a model is loaded."""
+    return {"clip_weights": arguments.clip_weights, "mixed_precision": arguments.mixed_precision}
+
+
 def run_predict(arguments: argparse.Namespace) -> int:
     """Label images by class names."""
     from sptseg.inference.folders import check_folder, label_files, list_images
@@ -195,7 +203,7 @@ def run_predict(arguments: argparse.Namespace) -> int:
 
     images, names = list_images(arguments.images, arguments.out), chosen_names(arguments)
     check_folder(arguments.out)
-    model = load(arguments.model, arguments.device, clip_weights=arguments.clip_weights)
+    model = load(arguments.model, arguments.device, **loading_options(arguments))
     query = model.query(names, arguments.threshold, arguments.seen_bias, arguments.template)
     options = {"scores": arguments.scores, "overwrite": arguments.overwrite, "progress": not arguments.quiet}
     outcome = label_files(model, images, arguments.out, query, **options)
@@ -232,6 +240,6 @@ def run_app(arguments: argparse.Namespace) -> int:
     import_extra("gradio", "app")
     from sptseg.inference.predictor import load
 
-    model = load(arguments.model, arguments.device, clip_weights=arguments.clip_weights)
+    model = load(arguments.model, arguments.device, **loading_options(arguments))
     serve_until_stopped(model, arguments.host, arguments.port)
     return 0

@@ -29,7 +29,7 @@ from .details import EvaluationDetails
 from .metrics import SegmentationMetrics
 from ..inference.windows import default_stride, predict_labels, resize_masks
 from ..models.clip import ClipModel, load_clip
-from ..models.device import choose_device, loader_workers
+from ..models.device import check_precision, choose_device, loader_workers, mixed
 from ..models.encoder import embed_patches
 from ..models.packed import library_for, pack
 from ..models.segmenter import SEEN_BIAS, FileNotes, Segmenter, load_segmenter, read_segmenter_file
@@ -130,12 +130,14 @@ def segmenter_predictor(
     text: Tensor,  # (C, d) embeddings of all classes, where the model is
     biased: tuple[int, ...],  # see `biased_classes`
     seen_bias: float = SEEN_BIAS,  # subtracted from their scores
+    mixed_precision: str = "no",  # or "bf16"
 ) -> Callable[[Tensor, tuple[int, int]], Tensor]:
     """Predict with sliding windows of the training size; see `sptseg.inference.windows.default_stride`."""
     options = {"stride": default_stride(model.config.image_size), "seen": biased, "seen_bias": seen_bias}
 
     def predict(image: Tensor, size: tuple[int, int]) -> Tensor:
-        return predict_labels(model, image.to(text.device), text, output_size=size, **options)
+        with mixed(text.device, mixed_precision):
+            return predict_labels(model, image.to(text.device), text, output_size=size, **options)
 
     return predict
 
@@ -234,6 +236,7 @@ def recipe_of_run(
 def load_model(
     recipe: Recipe,  # the recipe of the training, possibly with another dataset
     weights: str | Path,  # the run's model.safetensors
+    mixed_precision: str = "no",  # of the predictor
 ) -> tuple[Benchmark, Segmenter, Callable[[Tensor, tuple[int, int]], Tensor]]:  # test images, model, predictor
     """Read saved weights; a file of another method or width raises `UserError`."""
     notes = read_notes(weights)
@@ -244,10 +247,11 @@ def load_model(
     if not same_dataset(notes, benchmark.labels, recipe.dataset):
         benchmark = without_split(benchmark)
     device = choose_device(recipe.device)
+    check_precision(device, mixed_precision)
     model = load_segmenter(weights, clip.visual, clip=recipe.clip, expected=recipe.segmenter_config()).to(device)
     pack(model.encoder, library_for(clip.visual, device))
     biased = biased_classes(benchmark.labels, recipe.setting)
-    return benchmark, model, segmenter_predictor(model, text.to(device), biased, recipe.seen_bias)
+    return benchmark, model, segmenter_predictor(model, text.to(device), biased, recipe.seen_bias, mixed_precision)
 
 
 def evaluate_weights(
@@ -256,9 +260,10 @@ def evaluate_weights(
     out: str | Path | None = None,  # JSON file to write, if wanted
     progress: bool = True,  # whether to show a progress bar
     details_folder: str | Path | None = None,  # for predictions, confusion and worst images, if wanted
+    mixed_precision: str = "no",  # of the evaluation; the recipe has that of the training
 ) -> dict:  # "metrics", "recipe", "weights" and provenance
     """Evaluate saved weights on a whole test set."""
-    benchmark, _, predict = load_model(recipe, weights)
+    benchmark, _, predict = load_model(recipe, weights, mixed_precision)
     check_readable(benchmark.val, progress=progress)
     workers = loader_workers(recipe.workers, choose_device(recipe.device))
     loader = eval_loader(benchmark, recipe.image_size, workers)
@@ -270,6 +275,7 @@ def evaluate_weights(
         "metrics": metrics,
         "recipe": recipe.model_dump(mode="json"),
         "weights": str(weights),
+        "mixed_precision": mixed_precision,
         "data": data_identity(benchmark),
         **provenance(),
     }

@@ -36,7 +36,7 @@ from sptseg.inference.windows import (
     window_masks,
 )
 from ..models.clip import ClipModel, load_clip
-from ..models.device import choose_device
+from ..models.device import check_precision, choose_device, mixed
 from ..models.packed import library_for, pack
 from sptseg.models.segmenter import (
     SEEN_BIAS,
@@ -256,8 +256,10 @@ class Predictor(HubModel):
         embeddings: Tensor | None = None,  # (C, d) of `notes.classes`, unit-norm
         source: dict | None = None,  # "name" and "sha256" of the file
         device: str | torch.device | None = None,  # None: a GPU if there is one
+        mixed_precision: str = "no",  # or "bf16"
     ):
-        self.device = choose_device(device)
+        self.device, self.mixed_precision = choose_device(device), mixed_precision
+        check_precision(self.device, mixed_precision)
         self.segmenter, self.clip_model = segmenter.to(self.device), clip_model
         pack(segmenter.encoder, library_for(clip_model.visual, self.device))
         self.notes, self.source, self.embeddings = notes, source or {}, embeddings
@@ -291,7 +293,8 @@ class Predictor(HubModel):
         transform = EvalTransform(short_side=size, mean=notes.mean, std=notes.std)
         pixels = [as_image(one) for one in images]
         normalised = [transform(one)[0][None].to(self.device) for one in pixels]
-        features = encode_windows(self.segmenter, normalised, stride=notes.stride)
+        with mixed(self.device, self.mixed_precision):
+            features = encode_windows(self.segmenter, normalised, stride=notes.stride)
         stems = [Path(one).stem if isinstance(one, str | Path) else "image" for one in images]
         encoded = [EncodedImage(*parts) for parts in zip(pixels, features, stems, strict=True)]
         return encoded if isinstance(image, list | tuple) else encoded[0]
@@ -315,7 +318,8 @@ class Predictor(HubModel):
     def label(self, image: ImageLike | EncodedImage, query: Query, scores: bool = False) -> Result:
         """Label one image with the names and options of a query."""
         encoded = image if isinstance(image, EncodedImage) else self.encode(image)
-        result = label_encoded(self.segmenter, encoded, query, scores)
+        with mixed(self.device, self.mixed_precision):
+            result = label_encoded(self.segmenter, encoded, query, scores)
         result.model = self.source
         return result
 
@@ -333,13 +337,14 @@ class Predictor(HubModel):
         name: str | None = None,  # as the user knows it
         device: str | torch.device | None = None,  # see `load`
         clip_weights: str | Path | None = None,  # see `load`
+        mixed_precision: str = "no",  # see `load`
     ) -> "Predictor":
         file = read_segmenter_file(path)
         notes = complete_notes(FileNotes.model_validate(file.notes), file.config, path)
         device, clip = choose_device(device), matching_clip(notes, path, clip_weights)
         segmenter = load_segmenter(path, clip.visual, clip=notes.clip)
         source = {"name": name or str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        return cls(segmenter, clip, notes, file.embeddings, source, device)
+        return cls(segmenter, clip, notes, file.embeddings, source, device, mixed_precision)
 
 # %% ../../nbs/48_inference.predictor.ipynb #46a10022
 def load(
@@ -347,6 +352,8 @@ def load(
     device: str | torch.device | None = None,  # None: a GPU if there is one
     *,
     clip_weights: str | Path | None = None,  # where CLIP's weights lie here; None: as in the training
+    mixed_precision: str = "no",  # "bf16": matmuls in bfloat16, faster on many processors and not exact
 ) -> Predictor:
     """Load a trained model; a file that cannot be used raises `UserError`."""
-    return Predictor.from_file(find_model(name_or_path), str(name_or_path), device, clip_weights)
+    path = find_model(name_or_path)
+    return Predictor.from_file(path, str(name_or_path), device, clip_weights, mixed_precision)

@@ -158,7 +158,7 @@ def window_masks(
     """Decode the windows of one image."""
     count = max(1, min(WINDOWS_AT_ONCE, MAX_QUERIES // text[..., 0].numel()))
     parts = zip(*(tensor.split(count) for tensor in features.encoded), strict=True)
-    return torch.cat([model.decoder(*part, text) for part in parts])
+    return torch.cat([model.decoder(*part, text) for part in parts]).float()  # scores need more than bfloat16
 
 # %% ../../nbs/47_inference.windows.ipynb #feac8c3f
 CLASSES_AT_ONCE = 16  # classes resized together

@@ -26,7 +26,7 @@ from ..data.integrity import check_readable
 from ..data.survey import early_warnings
 from ..evaluation.evaluate import benchmark_of
 from ..models.clip import load_clip
-from ..models.device import choose_device, loader_workers
+from ..models.device import check_precision, choose_device, loader_workers
 from ..models.packed import library_for
 from ..recipe import Recipe, peak_rate_share, phases, slow_run_warning
 from .batches import slow_loader_warning
@@ -237,6 +237,7 @@ def train(
         benchmark, clip = benchmark_of(recipe), load_clip(recipe.clip, weights=recipe.clip_weights)
         if not (out / RESULTS).exists():
             check_settings(recipe, benchmark.labels)
+            check_precision(choose_device(recipe.device), recipe.mixed_precision)
         precise = recipe.mixed_precision == "no" and not has_state(out)  # a run that goes on keeps its choice
         library = library_for(clip.visual, choose_device(recipe.device)) if precise else None
         claim_folder(out, recipe, run_inputs(recipe, benchmark, clip), library)

@@ -26,6 +26,7 @@ from ..data.label_sets import train_class_ids
 from ..evaluation.evaluate import load_parts, read_notes
 from ..models.clip import ClipModel
 from ..models.decoder import DecoderOutputs, selections
+from ..models.device import mixed
 from ..models.packed import pack
 from ..models.segmenter import Segmenter, build_segmenter, load_segmenter
 from ..recipe import Recipe, learning_rate, phases
@@ -138,8 +139,7 @@ class Run:
     def outputs(self, images: Tensor, text: Tensor, part: int) -> DecoderOutputs:  # of one micro-batch
         recipe, rank = self.recipe, self.accelerator.process_index
         set_iteration_seed(recipe.seed, self.done, rank * recipe.gradient_accumulation_steps + part)
-        bf16 = recipe.mixed_precision == "bf16"
-        with torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16, enabled=bf16):
+        with mixed(self.accelerator.device, recipe.mixed_precision):
             return self.model(images, text, outputs=True)
 
     def gauges(self, iterations: int) -> dict[str, float]:  # of the last iterations, for the tracker
