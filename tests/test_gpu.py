@@ -88,7 +88,7 @@ def test_without_a_gpu_nothing_starts(tmp_path, monkeypatch, capsys):
 
 def test_the_listed_parts_name_files_and_recipes_that_exist():
     for part in gpu.read_parts():
-        words = part.run.split()
+        words = part.run.format(python="python", out="out").split()
         for word in words:
             if word.startswith(("nbs/", "tests")):
                 assert (ROOT / word).exists(), f"{part.name}: {word}"

@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sptseg.core import IGNORE
+import sptseg
+from sptseg.core import IGNORE, UserError, asset_path
 from sptseg.data.benchmarks import glyph_benchmark
 from sptseg.data.colours import change_colours, draw_colours
 from sptseg.data.label_sets import LabelSet, label_to_train_id
 from sptseg.data.on_device import RawData, draws_of, finish_images, hsv_of
 from sptseg.data.transforms import IMAGENET_STD, Sample, SegmentationData, TrainTransform, sample_generator
-from sptseg.models.device import ENOUGH_WORKERS, loader_workers, usable_cores
+from sptseg.models import device as devices
+from sptseg.models.device import ENOUGH_WORKERS, check_precision, loader_workers, usable_cores
 from sptseg.recipe import Recipe
 from sptseg.training.batches import LoaderClock, device_batches, slow_loader_warning, train_loader
 
@@ -130,3 +132,27 @@ def test_waiting_for_images_is_reported_with_both_rates(monkeypatch):
 def test_a_loader_that_keeps_up_is_not_reported(monkeypatch):
     fast = clock(0.005, 0.1, monkeypatch)
     assert fast.done == fast.window.stop and slow_loader_warning(fast, 16, workers=4) is None
+
+
+def test_bfloat16_is_refused_or_warned_of_where_it_cannot_pay(monkeypatch, recwarn):
+    with pytest.raises(UserError, match="mixed_precision: 'fp16' is unknown; use no or bf16"):
+        check_precision(CPU, "fp16")
+    monkeypatch.setattr(devices, "bf16_seconds", lambda: (1.0, 0.6))
+    check_precision(CPU, "bf16")
+    monkeypatch.setattr(devices, "bf16_seconds", lambda: (1.0, 2.5))
+    check_precision(CUDA, "bf16")
+    check_precision(CPU, "no")
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="bf16 takes 2.5 times as long as float32 on this CPU; use no"):
+        check_precision(CPU, "bf16")
+
+
+@pytest.mark.filterwarnings("ignore:mixed_precision")
+def test_labels_in_bfloat16_are_nearly_those_in_float32():
+    image = asset_path("examples") / "scene-1.png"
+    plain, half = (sptseg.load("spt-seg-glyphs", "cpu", mixed_precision=kind) for kind in ("no", "bf16"))
+    features = half.encode(image).features.encoded[0]
+    assert features.dtype == torch.bfloat16 and plain.encode(image).features.encoded[0].dtype == torch.float32
+    results = [model.predict(image, scores=True) for model in (plain, half)]
+    assert (results[0].labels != results[1].labels).mean() < 0.05
+    assert results[1].scores.dtype == results[0].scores.dtype

@@ -87,7 +87,11 @@ MISTAKES = {  # notebook: (parameters, what the one line must say)
     "a number for text": ("evaluate", {"run": 2012}, "run: must be str, found 2012; for text, use `-r run VALUE`"),
     "nothing for a list": ("figures", {"seeds": None}, "seeds: must be list, found None"),
     "a key of another notebook": ("demo", {"recipe": "demo/smoke"}, "did you mean 'recipes'?"),
-    "an unlike key": ("evaluate", {"zzz": 1}, "the parameters are run, dataset, data_root, val_images, out"),
+    "an unlike key": (
+        "evaluate",
+        {"zzz": 1},
+        "data_root, val_images, mixed_precision, out",
+    ),
     "nothing for prompts": ("train", {"spectral_blocks": None}, "spectral_blocks: no value is given; write none"),
     "a wrong value": ("train", {"batch_size": 0, "lr": "1e-3"}, "batch_size=0: input should be greater than 0"),
     "a recipe that does not exist": ("train", {"recipe_file": "demo/sptseg"}, "did you mean 'demo/spt-seg'?"),

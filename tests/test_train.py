@@ -210,8 +210,18 @@ def test_bfloat16_is_for_training_and_evaluations_are_in_float32(tmp_path):
     weights = {kind: weights_of(tmp_path / kind, mixed_precision=kind, **changes) for kind in ("no", "bf16")}
     assert weights["no"] != weights["bf16"]
     results = json.loads((tmp_path / "bf16" / RESULTS).read_text())
-    evaluated = evaluate_weights(recipe_of_run(tmp_path / "bf16"), tmp_path / "bf16" / WEIGHTS, progress=False)
-    assert evaluated["metrics"] == results["metrics"]
+    recipe, file = recipe_of_run(tmp_path / "bf16"), tmp_path / "bf16" / WEIGHTS
+    evaluated = evaluate_weights(recipe, file, progress=False)
+    assert evaluated["metrics"] == results["metrics"] and evaluated["mixed_precision"] == "no"
+
+
+def test_an_evaluation_in_bfloat16_says_so(tmp_path, capsys):
+    train(tiny(method="zegclip", val_images=4, iterations=2), tmp_path, progress=False)
+    for settings in ([], ["mixed_precision=bf16"], ["mixed_precision=no"]):
+        assert main(["evaluate", str(tmp_path), *settings, "--quiet"]) == 0
+        [record] = tmp_path.glob("evaluation-*.json")
+        expected = "bf16" if settings == ["mixed_precision=bf16"] else "no"
+        assert json.loads(record.read_text())["mixed_precision"] == expected
 
 
 def test_tensorboard_gets_losses_metrics_and_images(tmp_path):
