@@ -42,7 +42,7 @@ from sptseg.training.loop import train
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [f"a class called {index}" for index in range(100)]
 DRAWN = {"ablations", "branches", "choices", "classes", "cost", "curves", "filters", "qualitative"}
-DRAWN |= {"seen-unseen", "selection"}
+DRAWN |= {"gallery", "seen-unseen", "selection"}
 
 
 def record(level, steps=(10, 20)):

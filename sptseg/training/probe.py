@@ -6,8 +6,6 @@
 __all__ = ['class_shares', 'labels_of_grid', 'confusion_of', 'patch_tokens', 'LinearProbe', 'fit_probe', 'probe_confusion']
 
 # %% ../../nbs/68_training.probe.ipynb #pr000003
-from collections.abc import Sequence
-
 import open_clip
 import torch
 from torch import Tensor, nn
