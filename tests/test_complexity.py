@@ -77,7 +77,8 @@ def full_size(method, prompts):
 
 def small(method="spt-seg", size=32, **settings):
     visual = VisionTransformer(32, 8, width=32, layers=3, heads=2, mlp_ratio=4, output_dim=32, act_layer=QuickGELU)
-    parts = {"clip-rc": {"regions": 2}, "cascade-clip": {"tapped_blocks": "1-2"}}  # fit three blocks
+    parts = {"clip-rc": {"regions": 2}, "two-stage": {"proposals": 3}}
+    parts |= dict.fromkeys(("cascade-clip", "cascade-clip+sgd"), {"tapped_blocks": "1-2"})  # fit three blocks
     settings = {"image_size": size, "num_prompts": 3, **parts.get(method, {}), **settings}
     return build_segmenter(visual, METHODS[method].model_copy(update=settings)).eval()
 
@@ -265,7 +266,9 @@ def test_the_recipes_are_the_published_rows():
         recipe = load_recipe(path)
         rows.add((recipe.method, recipe.num_prompts, len(load_label_set(recipe.dataset).classes)))
         assert recipe.image_size == 512 and recipe.clip == "ViT-B-16-quickgelu" and recipe.clip_weights == "random"
-    assert rows == set(PUBLISHED[["method", "prompts", "classes"]].itertuples(index=False, name=None))
+    family = {("clip-rc", 10, 20), ("clip-rc", 100, 171), ("cascade-clip", 10, 20), ("cascade-clip", 50, 171)}
+    family |= {("otseg", 10, 20), ("otseg", 100, 171)}  # counted in test_family
+    assert rows == family | set(PUBLISHED[["method", "prompts", "classes"]].itertuples(index=False, name=None))
 
 
 def test_the_notebook_writes_its_results(tmp_path):

@@ -27,6 +27,7 @@ from sptseg.recipe import check_recipe
 from sptseg.releases.convert import convert_checkpoint
 from sptseg.releases.names import our_name, read_segmenter, reason_to_leave_out
 from sptseg.releases.reference import check_reference, read_manifest
+from sptseg.training.run import make_optimizer
 
 FOLDER = Path(__file__).parent / "reference_family"
 CASES = read_manifest(FOLDER)
@@ -202,11 +203,43 @@ def test_parts_that_do_not_fit_are_refused(method, options, culprit):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"regions": 4}, {"method": "clip-rc", "tapped_blocks": "1-2"}, {"method": "zegclip", "freeze_added": True}],
+    [
+        {"regions": 4},
+        {"method": "clip-rc", "tapped_blocks": "1-2"},
+        {"method": "zegclip", "freeze_added": True},
+        {"method": "clip-rc", "layer_maps": "last"},
+        {"method": "otseg", "zero_start": True},
+        {"method": "zegclip", "proposals": 10},
+        {"method": "projection", "spectral_blocks": "1-2"},
+        {"method": "projection", "focal_weight": 1.0},
+        {"method": "two-stage", "num_prompts": 5},
+    ],
 )
 def test_keys_of_other_methods_are_refused(settings):
     with pytest.raises(UserError, match="has no such part"):
         check_recipe({"dataset": "voc", **settings})
+
+
+def test_initial_values_may_be_chosen():
+    visual, model = small("cascade-clip", tap_start="clip")
+    assert all(torch.equal(one, visual.proj) for one in model.encoder.tap_projections)
+    assert torch.equal(model.encoder.tap_norms[1].weight, visual.ln_post.weight)
+    zero, plain = (small("clip-rc", zero_start=start)[1].decoder.layers for start in (True, False))
+    assert not any(layer.features.linear2.weight.any() for layer in zero)
+    assert all(layer.features.linear2.weight.any() for layer in plain)
+    assert all(layer.queries.linear2.weight.any() for layer in zero)
+
+
+def test_mixing_weights_need_not_decay():
+    model = small("cascade-clip")[1]
+    recipe = recipe_of("cascade-clip", decay_mixing=False)
+    decays = {
+        id(p): group["weight_decay"] for group in make_optimizer(model, recipe).param_groups for p in group["params"]
+    }
+    assert len(decays) == len(model.trained_tensors())
+    for name, tensor in model.trained_tensors().items():
+        assert decays[id(tensor)] == (0.0 if "mixing" in name else recipe.weight_decay), name
+    assert len(make_optimizer(model, recipe_of("cascade-clip")).param_groups) == 1
 
 
 @pytest.mark.parametrize("options", [{"spectral_blocks": "1-2"}, {"decoder": "sgd", "spectral_blocks": "1-2"}])

@@ -60,7 +60,7 @@ def check_equal(found, expected):
 
 
 ZEGCLIP, TRANSDUCTIVE = {"method": "zegclip"}, {"setting": "transductive", "iterations": 4}
-OTSEG = {"method": "otseg+", **TRANSDUCTIVE}
+OTSEG = {"method": "otseg+", "transport_stop": "image", **TRANSDUCTIVE}  # "batch" depends on the parts
 PARTS = [
     ("processes", TRANSDUCTIVE),
     ("both", ZEGCLIP),

@@ -22,7 +22,7 @@ from sptseg.data.label_sets import SETTINGS
 from sptseg.evaluation.evaluate import evaluate_weights, load_parts, recipe_of_run, training_free_predictor
 from sptseg.models.clip import load_clip
 from sptseg.models.segmenter import METHODS
-from sptseg.recipe import Recipe, check_recipe, learning_rate, load_recipe, phases, slow_run_warning
+from sptseg.recipe import UNUSED_KEYS, Recipe, check_recipe, learning_rate, load_recipe, phases, slow_run_warning
 from sptseg.training.batches import BatchSampler
 from sptseg.training.checkpoint import checkpoints
 from sptseg.training.evaluations import best_evaluation, note_on_seen_classes
@@ -38,10 +38,12 @@ TINY = {
 
 
 PARTS = {"clip-rc": {"regions": 2}, "cascade-clip": {"tapped_blocks": "2-3"}}  # fit the tiny CLIP
+OTHERS = {"cascade-clip+sgd": {"tapped_blocks": "2-3"}, "two-stage": {"proposals": 4}}
 
 
 def tiny(**changes):
-    return check_recipe({**TINY, **changes})
+    left_out = UNUSED_KEYS.get(changes.get("method"), ())
+    return check_recipe({**{key: value for key, value in TINY.items() if key not in left_out}, **changes})
 
 
 def weights_of(out, **changes):
@@ -91,9 +93,10 @@ def test_resuming_at_any_iteration_changes_nothing(tmp_path, interrupted_after, 
     assert weights_of(tmp_path / "stopped", iterations=4, setting=setting) == whole
 
 
-@pytest.mark.parametrize("method", PARTS)
+@pytest.mark.parametrize("method", [*PARTS, "projection", "two-stage"])
 def test_resuming_keeps_what_is_not_trained(tmp_path, method):
-    settings = {"method": method, "iterations": 4, "setting": "transductive", **PARTS[method]}
+    setting = "inductive" if method == "two-stage" else "transductive"
+    settings = {"method": method, "iterations": 4, "setting": setting, **(PARTS | OTHERS).get(method, {})}
     whole = weights_of(tmp_path, **settings)
     for path in [checkpoints(tmp_path)[0], *(tmp_path / name for name in (RESULTS, WEIGHTS))]:
         path.unlink()
@@ -140,11 +143,15 @@ def drop_unseen(mask, unseen):
     return torch.where(torch.isin(mask, unseen), IGNORE, mask)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_unseen_labels_reach_supervised_training_only(tmp_path, monkeypatch, setting):
-    plain = weights_of(tmp_path / "plain", iterations=6, setting=setting)
-    shuffled = weights_with_masks(tmp_path / "shuffled", monkeypatch, shuffle_unseen, setting=setting)
-    dropped = weights_with_masks(tmp_path / "dropped", monkeypatch, drop_unseen, setting=setting)
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [*(("spt-seg", setting) for setting in SETTINGS), ("projection", "inductive"), ("two-stage", "inductive")],
+)
+def test_unseen_labels_reach_supervised_training_only(tmp_path, monkeypatch, method, setting):
+    settings = {"method": method, "setting": setting, **OTHERS.get(method, {})}
+    plain = weights_of(tmp_path / "plain", iterations=6, **settings)
+    shuffled = weights_with_masks(tmp_path / "shuffled", monkeypatch, shuffle_unseen, **settings)
+    dropped = weights_with_masks(tmp_path / "dropped", monkeypatch, drop_unseen, **settings)
     assert (shuffled == plain) == (setting != "supervised")
     assert (dropped == plain) == (setting == "inductive"), "where they are is known in transductive training"
 
@@ -420,12 +427,18 @@ def test_every_method_trains_in_every_setting(tmp_path, monkeypatch, method, set
         return computing(outputs, *rest, **options)
 
     monkeypatch.setattr("sptseg.training.run.training_loss", watch)
-    results = train(tiny(method=method, setting=setting, **PARTS.get(method, {})), tmp_path, progress=False)
-    assert calls == {"inductive": [15, 15], "supervised": [20, 20], "transductive": [15, 20]}[setting]
+    recipe = {"method": method, "setting": setting, **(PARTS | OTHERS).get(method, {})}
+    if (method, setting) == ("two-stage", "transductive"):
+        with pytest.raises(UserError, match="two-stage learns masks without names"):
+            tiny(**recipe)
+        return
+    results = train(tiny(**recipe), tmp_path, progress=False)
+    masks = {"inductive": [15, 15], "supervised": [20, 20], "transductive": [15, 20]}[setting]
+    assert calls == ([4, 4] if method == "two-stage" else masks)
     rows = results["history"]["train"]
     assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
-    term = "ssim" if method == "spt-seg" else "decoder dice" if method.startswith("otseg") else "dice"
-    assert term in rows[0]
+    terms = {"spt-seg": "ssim", "otseg": "decoder dice", "otseg+": "decoder dice", "projection": "cross-entropy"}
+    assert terms.get(method, "dice") in rows[0]
     assert results["metrics"]["pAcc"] is not None and (tmp_path / WEIGHTS).exists()
 
 

@@ -10,6 +10,9 @@ from torch.nn import functional as F
 import sptseg
 from sptseg.app.export import export_model
 from sptseg.core import UserError
+from sptseg.evaluation.evaluate import evaluation_path, load_model, recipe_of_run
+from sptseg.models.clip import load_clip
+from sptseg.models.segmenter import build_segmenter
 from sptseg.models.transport import EPSILON, MAX_ROUNDS, THRESHOLD, Transport, TransportDecoder, TransportPlan, sinkhorn
 from sptseg.recipe import check_recipe
 from sptseg.releases.convert import check_origin
@@ -56,10 +59,31 @@ def test_marginals_and_a_fixed_number_of_rounds():
 
 
 def test_an_image_does_not_depend_on_its_batch_unless_asked():
+    torch.manual_seed(0)
     queries, patches = torch.randn(3, 2, 4, 8), torch.randn(3, 30, 8)
-    together, alone = Transport()(queries, patches), Transport()(queries[1:2], patches[1:2])
-    assert alone[2] == together[2][1] and torch.allclose(together[1][1:2], alone[1], rtol=1e-4, atol=1e-9)
-    assert Transport(stop="batch")(queries, patches)[2].unique().numel() == 1
+    for transport in (Transport().eval(), Transport(stop="image")):
+        together, alone = transport(queries, patches), transport(queries[1:2], patches[1:2])
+        assert alone[2] == together[2][1] and torch.allclose(together[1][1:2], alone[1], rtol=1e-4, atol=1e-9)
+        assert together[2].unique().numel() > 1
+    for transport in (Transport(), Transport(stop="batch").eval()):
+        assert transport(queries, patches)[2].unique().numel() == 1, "in training, the batch stops as one"
+
+
+def test_options_change_the_transport():
+    torch.manual_seed(0)
+    queries, patches = torch.randn(1, 2, 4, 8), torch.randn(1, 30, 8)
+    score, plan, done = Transport().eval()(queries, patches)
+    assert Transport(rounds=3).eval()(queries, patches)[2] == 3 < done
+    smooth = Transport(epsilon=1.0).eval()(queries, patches)[1]
+    assert smooth.std() < plan.std(), "more entropy, a smoother plan"
+    config = check_recipe({**TINY, "transport_rounds": 7, "transport_epsilon": 0.1, "layer_maps": "last"})
+    decoder = build_segmenter(load_clip("glyph-clip").visual, config.segmenter_config()).decoder
+    assert {(one.transport.rounds, one.transport.epsilon) for one in (decoder, decoder.layers[0].cross)} == {(7, 0.1)}
+    text, patches, cls = torch.randn(2, 3, 128), torch.randn(1, 128, 4, 4), torch.randn(1, 128)
+    decoder.eval()
+    last = decoder.paths(patches, cls, text)[0]
+    decoder.layer_maps = "product"
+    assert not torch.allclose(last, decoder.paths(patches, cls, text)[0])
 
 
 def test_mixed_precision_leaves_the_transport_in_float32():
@@ -95,13 +119,20 @@ def test_resuming_changes_nothing(tmp_path, interrupted_after, stop):
     assert first == second
 
 
-def test_otseg_and_its_ensemble_are_one_model_after_inductive_training(tmp_path):
+def test_otseg_and_its_ensemble_are_one_model(tmp_path):
     weights = []
     for method in ("otseg", "otseg+"):
-        train(check_recipe({**TINY, "method": method, "setting": "inductive"}), tmp_path / method, progress=False)
+        train(check_recipe({**TINY, "method": method}), tmp_path / method, progress=False)
         weights.append(load_file(tmp_path / method / WEIGHTS))
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     assert weights[0]["class_embeddings"].shape == (20, 5, 128)
+    folder, found = tmp_path / "otseg", []
+    for changes in ({}, {"method": "otseg+"}):
+        recipe = recipe_of_run(folder, **changes)
+        found.append(evaluation_path(folder, recipe, {}).name)
+        model = load_model(recipe, folder / WEIGHTS)[1]
+        assert model.decoder.ensemble == model.config.ensemble == (0.5 if changes else 1.0)
+    assert found == ["evaluation-glyphs-20.json", "evaluation-glyphs-20-otseg+.json"]
 
 
 def test_an_export_is_refused_in_one_sentence(tmp_path):

@@ -295,4 +295,6 @@ def evaluation_path(
     trained_with = read_yaml(inputs) if inputs.exists() else identity  # JSON is YAML, too
     if name == "folder" and any(trained_with.get(key) != identity.get(key) for key in ("classes", "val")):
         name = f"folder-{Path(recipe.data_root).resolve().name}-{digest(identity)[:8]}"
+    if (own := Path(run) / "recipe.yaml").exists() and read_yaml(own).get("method", recipe.method) != recipe.method:
+        name += f"-{recipe.method}"
     return Path(run) / f"evaluation-{name}{'-best' * best}.json"

@@ -24,6 +24,7 @@ class TapEncoder(PromptedEncoder):
         *,
         visual: VisionTransformer,  # CLIP's image encoder
         tapped_blocks: tuple[int, ...],  # T blocks, counted from 1
+        tap_start: str = "random",  # "clip": norms and projections start as `ln_post` and `proj` of CLIP
         freeze_added: bool = True,  # keep norms and projections at their initial values, as in the authors' code
         **options,  # of `PromptedEncoder`
     ):
@@ -32,6 +33,10 @@ class TapEncoder(PromptedEncoder):
         self.tapped_blocks = tuple(tapped_blocks)
         self.tap_norms = nn.ModuleList(nn.LayerNorm(width) for _ in tapped_blocks).requires_grad_(not freeze_added)
         projections = torch.randn(len(tapped_blocks), width, joint) * width**-0.5  # W
+        if tap_start == "clip":
+            projections = visual.proj.detach().repeat(len(tapped_blocks), 1, 1)
+            for norm in self.tap_norms:
+                norm.load_state_dict(visual.ln_post.state_dict())
         self.tap_projections = nn.Parameter(projections, requires_grad=not freeze_added)
 
     def forward(

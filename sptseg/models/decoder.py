@@ -163,6 +163,7 @@ class DecoderOutputs(NamedTuple):
     masks: Tensor  # (B, C, h, w) mask logits to predict with; pseudo-labels are chosen from them
     supervised: dict[str, Tensor]  # mask logits that are compared with the label, by a prefix of their losses' names
     losses: dict[str, Tensor]  # further losses, scalars without weight
+    objective: str = "masks"  # how they are compared: as "masks" of classes, "pixels" of one class each, or "proposals"
 
 
 class MaskDecoder(nn.Module):

@@ -175,6 +175,7 @@ class RegionDecoder(MaskDecoder):
         width: int,  # d
         num_layers: int = 3,
         recovery_layers: int = 1,
+        zero_start: bool = False,  # the MLPs that update features return 0 at first
         **options,  # of `TwoWayLayer`
     ):
         super().__init__()
@@ -182,6 +183,9 @@ class RegionDecoder(MaskDecoder):
         self.feature_projection = nn.Linear(3 * width, width)  # ψ
         self.layers = two_way_layers(num_layers, width=width, **options)
         self.recovery = RecoveryDecoder(width=width, num_layers=recovery_layers, **options)
+        for layer in self.layers if zero_start else ():
+            nn.init.zeros_(layer.features.linear2.weight)
+            nn.init.zeros_(layer.features.linear2.bias)
 
     def descriptors(self, cls: Tensor, regions: Tensor, text: Tensor) -> Tensor:  # q0, (B, R·C, 2d)
         centres = regions.flatten(2).mT + cls[:, None]

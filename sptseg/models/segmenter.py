@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from open_clip.transformer import VisionTransformer
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,9 +23,11 @@ from ..core import UserError, write_atomically
 from .cascade import CascadeDecoder, TapEncoder
 from .decoder import Decoder, DecoderOutputs, MaskDecoder, current_names
 from .encoder import PromptedEncoder, parse_blocks
+from .projection import FrozenEncoder, ProjectionDecoder
 from .prompts import DeepPrompts, SpectralPrompt
+from .proposals import CropDecoder, ProposalEncoder
 from .regions import RegionDecoder, RegionEncoder, patch_regions
-from .transport import TransportDecoder
+from .transport import EPSILON, MAX_ROUNDS, TransportDecoder
 from .weights import load_exactly, plain_weights
 
 # %% ../../nbs/35_models.segmenter.ipynb #1546257f
@@ -33,7 +35,7 @@ class SegmenterConfig(BaseModel):
     """The configuration of a segmenter, apart from CLIP's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    decoder: Literal["sgd", "zegclip", "transport"] = "sgd"
+    decoder: Literal["sgd", "zegclip", "transport", "projection", "proposals"] = "sgd"
     decoder_layers: PositiveInt = 3  # Table 4: 1, 3 or 5
     spectral_blocks: str = "1-2"  # blocks with a spectral prompt (Table 3); "" for none
     num_prompts: PositiveInt = 10  # deep prompts per block: 10 for VOC, 100 for COCO-Stuff
@@ -45,9 +47,16 @@ class SegmenterConfig(BaseModel):
     regions: NonNegativeInt = 0  # region tokens per side of the image (CLIP-RC); 0 for none
     tapped_blocks: str = ""  # blocks below the last with decoders of their own (Cascade-CLIP), as "6-11"; "" for none
     mixing_start: Literal["code", "paper"] = "code"  # initial weights of the taps of a group
+    tap_start: Literal["random", "clip"] = "random"  # initial values of the taps' norms and projections
+    zero_start: bool = False  # updates of CLIP-RC's features start without their MLP
     freeze_added: bool = True  # region tokens and taps keep their initial values, as in the authors' code
-
+    transport_stop: Literal["batch", "image"] = "batch"  # OTSeg's rounds in training, see `sinkhorn`
+    transport_rounds: PositiveInt = MAX_ROUNDS  # at most
+    transport_epsilon: PositiveFloat = EPSILON  # weight of the entropy term
+    layer_maps: Literal["product", "last"] = "product"  # the layers' maps that are OTSeg's decoder path
     ensemble: float = 0.5  # weight of OTSeg's decoder path in a prediction
+    proposals: PositiveInt = 100  # queries of the two-stage method
+    logit_scale: PositiveFloat = 100.0  # of CLIP, where classes share a softmax: two-stage and projection
 
     @property
     def templates_apart(self) -> bool:  # whether class embeddings are (C, T, d), one per template
@@ -62,8 +71,11 @@ METHODS = {  # Table 2, and relatives of ZegCLIP
     "spt-seg": SegmenterConfig(),
     "clip-rc": SegmenterConfig(decoder="zegclip", spectral_blocks="", regions=4),
     "cascade-clip": SegmenterConfig(decoder="zegclip", spectral_blocks="", tapped_blocks="6-11"),
+    "cascade-clip+sgd": SegmenterConfig(spectral_blocks="", tapped_blocks="6-11"),
     "otseg": SegmenterConfig(decoder="transport", spectral_blocks="", ensemble=1.0),
     "otseg+": SegmenterConfig(decoder="transport", spectral_blocks=""),
+    "projection": SegmenterConfig(decoder="projection", spectral_blocks=""),
+    "two-stage": SegmenterConfig(decoder="proposals", spectral_blocks=""),
 }
 
 # %% ../../nbs/35_models.segmenter.ipynb #0284c023
@@ -103,6 +115,11 @@ def build_encoder(
     blocks, width, patch = len(visual.transformer.resblocks), visual.conv1.out_channels, visual.patch_size[0]
     if config.image_size % patch:
         raise UserError(f"image_size: {config.image_size} is not a multiple of the patch size {patch}; use a multiple")
+    if config.decoder == "projection":
+        return FrozenEncoder(visual=visual)
+    if config.decoder == "proposals":
+        options = {"proposals": config.proposals, "num_layers": config.decoder_layers, "dropout": config.dropout}
+        return ProposalEncoder(visual=visual, **options)
     spectral_blocks = parse_blocks(config.spectral_blocks, blocks)
     grid = (config.image_size // patch,) * 2
     prompts = DeepPrompts(
@@ -124,7 +141,7 @@ def build_encoder(
         return RegionEncoder(regions=config.regions, freeze_added=config.freeze_added, **options)
     if config.tapped_blocks:
         tapped = parse_blocks(config.tapped_blocks, blocks - 1, "tapped_blocks")
-        return TapEncoder(tapped_blocks=tapped, freeze_added=config.freeze_added, **options)
+        return TapEncoder(tapped_blocks=tapped, tap_start=config.tap_start, freeze_added=config.freeze_added, **options)
     return PromptedEncoder(**options)
 
 
@@ -135,10 +152,16 @@ def build_decoder(
     """Build the decoder of a configuration."""
     width = encoder.visual.output_dim
     options = {"width": width, "num_layers": config.decoder_layers, "dropout": config.dropout}
+    if config.decoder == "projection":
+        return ProjectionDecoder(width=width, logit_scale=config.logit_scale)
+    if config.decoder == "proposals":
+        return CropDecoder(logit_scale=config.logit_scale)
     if config.regions:
-        return RegionDecoder(**options)
+        return RegionDecoder(zero_start=config.zero_start, **options)
     if config.decoder == "transport":
-        return TransportDecoder(ensemble=config.ensemble, **options)
+        options |= {"rounds": config.transport_rounds, "epsilon": config.transport_epsilon}
+        stop = "image" if config.transport_stop == "image" else None
+        return TransportDecoder(ensemble=config.ensemble, layer_maps=config.layer_maps, stop=stop, **options)
     if config.decoder == "sgd":
         options["head_split"] = config.head_split
     if config.tapped_blocks:
@@ -219,6 +242,8 @@ def load_segmenter(
     config, notes, tensors, _ = read_segmenter_file(path)
     if notes["clip"] != clip:
         raise UserError(f"{path}: was trained with clip {notes['clip']!r}, not {clip!r}; name that one")
+    if expected is not None:  # OTSeg and OTSeg+ are one trained model
+        config = config.model_copy(update={"ensemble": expected.ensemble})
     if expected is not None and config != expected:
         differing = [
             f"{key}={value!r} (wanted {getattr(expected, key)!r})"

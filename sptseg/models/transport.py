@@ -35,6 +35,7 @@ def sinkhorn(
     stop: str = "image",  # "image": each entry of the first axis stops by itself; "batch": all stop together
     rounds: int = MAX_ROUNDS,  # at most
     threshold: float = THRESHOLD,  # of the mean change; 0: do all rounds
+    epsilon: float = EPSILON,  # ε of the kernel
 ) -> tuple[Tensor, list[Tensor], Tensor]:  # a, the scales b before and after every round, and each entry's rounds (B,)
     """Find the scales of the plan by Sinkhorn's algorithm."""
     b = kernel.new_ones(*kernel.shape[:-1], 1)
@@ -43,7 +44,7 @@ def sinkhorn(
     active = (done == 0).view(-1, *[1] * (kernel.ndim - 1))
     for _ in range(rounds):
         new = torch.where(active, match_columns(kernel, b), a)
-        change, a = EPSILON * (new / a).log().abs(), new
+        change, a = epsilon * (new / a).log().abs(), new
         b = torch.where(active, match_rows(kernel, a), b)
         history.append(b)
         done += active.flatten()
@@ -75,22 +76,23 @@ class TransportPlan(torch.autograd.Function):
     """The plan P (B, ..., T, N) of a kernel K, and the rounds (B,) that it took; see `sinkhorn` for the options."""
 
     @staticmethod
-    def forward(ctx, kernel: Tensor, stop: str, rounds: int, threshold: float) -> tuple[Tensor, Tensor]:
-        a, history, done = sinkhorn(kernel, stop, rounds, threshold)
+    def forward(ctx, kernel: Tensor, *options) -> tuple[Tensor, Tensor]:
+        a, history, done = sinkhorn(kernel, *options)
+        ctx.count = len(options)
         ctx.save_for_backward(kernel, a, done, *history)
         ctx.mark_non_differentiable(done)
         return history[-1] * kernel * a, done
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, by_plan: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx, by_plan: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         kernel, a, done, *history = ctx.saved_tensors
         weighted = by_plan * kernel
         gradients = [by_plan * history[-1] * a, history[-1].mT @ weighted, weighted @ a.mT]
         for index in range(len(history) - 1, 0, -1):
             active = (done >= index).view(-1, *[1] * (kernel.ndim - 1))
             gradients = backward_round(kernel, history[index - 1], history[index], gradients, active)
-        return gradients[0], None, None, None
+        return gradients[0], *[None] * ctx.count
 
 # %% ../../nbs/37_models.transport.ipynb #41a10014
 class Transport(nn.Module):
@@ -99,15 +101,17 @@ class Transport(nn.Module):
     def __init__(
         self,
         *,
-        stop: str = "image",  # and the next two as in `sinkhorn`
+        stop: str | None = None,  # see `sinkhorn`; None: "batch" in training, otherwise "image"
         rounds: int = MAX_ROUNDS,
         threshold: float = THRESHOLD,
+        epsilon: float = EPSILON,
     ):
         super().__init__()
-        self.stop, self.rounds, self.threshold = stop, rounds, threshold
+        self.stop, self.rounds, self.threshold, self.epsilon = stop, rounds, threshold, epsilon
 
     def plan(self, similarity: Tensor) -> tuple[Tensor, Tensor]:  # S (B, C, T, N) → P (B, C, T, N) and rounds (B,)
-        kernel, options = torch.exp((similarity - 1) / EPSILON), (self.stop, self.rounds, self.threshold)
+        stop, kernel = self.stop or ("batch" if self.training else "image"), torch.exp((similarity - 1) / self.epsilon)
+        options = (stop, self.rounds, self.threshold, self.epsilon)
         if torch.is_grad_enabled():
             return TransportPlan.apply(kernel, *options)
         a, history, done = sinkhorn(kernel, *options)
@@ -167,10 +171,11 @@ class TransportDecoder(Decoder):
         *,
         width: int,  # d
         ensemble: float = 0.5,  # weight of the decoder path in a prediction: 0.5 is OTSeg+, 1 OTSeg
+        layer_maps: str = "product",  # "last": the map of the last layer is the decoder path
         **options,  # of `Decoder` and `Transport`
     ):
         super().__init__(kind="transport", width=width, **options)
-        self.ensemble, self.transport = ensemble, self.last.transport
+        self.ensemble, self.transport, self.layer_maps = ensemble, self.last.transport, layer_maps
 
     def queries(self, cls: Tensor, text: Tensor) -> Tensor:  # (B, d) and (C, T, d) → (B, C, T, d)
         descriptors = relationship_descriptor(text.flatten(0, 1), cls)
@@ -189,18 +194,16 @@ class TransportDecoder(Decoder):
             queries, mask = layer(queries, feature_map)
             gates.append(F.logsigmoid(mask))
         mask = self.last.mask(queries, feature_map)
-        mask = mask * torch.stack(gates).mean(0).exp() if gates else mask
+        mask = mask * torch.stack(gates).mean(0).exp() if gates and self.layer_maps == "product" else mask
         return tuple(logits.unflatten(2, feature_map.shape[-2:]) for logits in (mask, score))
 
     def forward(self, feature_map: Tensor, cls: Tensor, text: Tensor) -> Tensor:  # see `paths`; (B, C, h, w)
-        return self.combine(*self.paths(feature_map, cls, text))
-
-    def combine(self, decoder: Tensor, score: Tensor) -> Tensor:  # (B, C, h, w)
+        decoder, score = self.paths(feature_map, cls, text)
         return self.ensemble * decoder + (1 - self.ensemble) * score
 
     def outputs(self, feature_map: Tensor, cls: Tensor, text: Tensor) -> DecoderOutputs:  # see `paths`
         decoder, score = self.paths(feature_map, cls, text)
-        return DecoderOutputs(self.combine(decoder, score), {"decoder": decoder, "score": score}, {})
+        return DecoderOutputs((decoder + score) / 2, {"decoder": decoder, "score": score}, {})
 
 
 def set_transports(

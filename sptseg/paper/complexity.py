@@ -24,11 +24,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..inference.windows import resize_masks
-from ..models.encoder import PromptedEncoder
 from ..models.hilo import head_split
-from ..models.prompts import DeepPrompts
+from ..models.projection import FrozenEncoder
 from ..models.segmenter import Segmenter, SegmenterConfig
-from ..models.transport import MAX_ROUNDS, THRESHOLD, set_transports
+from ..models.transport import Transport, set_transports
 
 # %% ../../nbs/81_paper.complexity.ipynb #32581d12
 def vit_b_16() -> VisionTransformer:
@@ -43,6 +42,8 @@ def released_layers(
     if config.regions:
         stacks = {f"decoder_{part}.layers": config.decoder_layers for part in "qv"}
         stacks |= {f"recovery_decoder.decouple_{part}": 1 for part in "qv"}
+    elif config.decoder in ("projection", "proposals"):
+        stacks = {}  # there is no release
     elif config.tapped_blocks:
         stacks = {f"cascade_decoders.{stage}.layers": config.decoder_layers for stage in range(3)}
     else:
@@ -107,10 +108,7 @@ class PlainCLIP(nn.Module):
         visual: VisionTransformer,
     ):
         super().__init__()
-        sizes = {"width": visual.conv1.out_channels, "patch_size": visual.patch_size[0]}
-        prompts = DeepPrompts(num_blocks=0, num_prompts=0, **sizes)
-        self.encoder = PromptedEncoder(visual=visual, deep_prompts=prompts, class_embedding_count=1)
-        self.encoder.prompt_norm = nn.Identity()
+        self.encoder = FrozenEncoder(visual=visual)
 
     def forward(self, images: Tensor, text: Tensor) -> Tensor:  # (B, C, h, w) cosines
         maps, _ = self.encoder(images)
@@ -155,7 +153,10 @@ def elementwise_rule(
     return rule
 
 # %% ../../nbs/81_paper.complexity.ipynb #a69db6c6
-ELEMENTWISE = "add add_ sub sub_ rsub mul mul_ div neg pow exp sqrt sigmoid log_sigmoid relu clamp clamp_min".split()
+ELEMENTWISE = (
+    *("add add_ sub sub_ rsub mul mul_ div neg pow exp sqrt".split()),
+    *("sigmoid log_sigmoid logit relu clamp clamp_min where maximum".split()),
+)
 RULES = {
     "aten::scaled_dot_product_attention": attention_rule,
     "aten::fft_rfft2": fourier_rule,
@@ -165,7 +166,11 @@ RULES = {
     "aten::gelu": elementwise_rule(5),  # scale, error function, sum, two products
     "aten::cosine_similarity": elementwise_rule(6, of_input=True),  # a dot product and two squared lengths
     **{f"aten::{name}": elementwise_rule() for name in ELEMENTWISE},
-    **{f"aten::{name}": elementwise_rule(of_input=True) for name in ("sum", "mean", "linalg_vector_norm")},
+    **{
+        f"aten::{name}": elementwise_rule(of_input=True)
+        for name in ("sum", "mean", "linalg_vector_norm", "amin", "amax", "any")
+    },
+    "torchvision::roi_align": elementwise_rule(16),  # four samples per value, each from four pixels
 }
 FREE = {
     "mT",
@@ -182,6 +187,7 @@ FREE = {
     "new_ones",
     "ones_like",
     "numel",
+    "repeat",
 }
 
 # %% ../../nbs/81_paper.complexity.ipynb #3e1dcf6a
@@ -207,11 +213,14 @@ def without_rounds(
     model: nn.Module,
 ) -> Iterator[None]:
     """Leave out the rounds of OTSeg's transports: their number depends on the data."""
+    transports = [module for module in model.modules() if isinstance(module, Transport)]
+    before = [(one.rounds, one.threshold) for one in transports]
     set_transports(model, rounds=0, threshold=0)
     try:
         yield
     finally:
-        set_transports(model, rounds=MAX_ROUNDS, threshold=THRESHOLD)
+        for one, (rounds, threshold) in zip(transports, before, strict=True):
+            one.rounds, one.threshold = rounds, threshold
 
 
 def count_operations(
@@ -255,6 +264,8 @@ def release_detours(
 ) -> dict[str, int]:  # multiply-adds by fvcore's rules, for one image of the training size
     """Count the operations that the authors' code needs beyond this project's for the same scores."""
     visual, config = model.encoder.visual, model.config
+    if not released_layers(config):
+        return {}
     width, joint = visual.conv1.out_channels, visual.output_dim
     patches, pixels = (config.image_size // visual.patch_size[0]) ** 2, config.image_size**2
     prompts, hidden = config.num_prompts, visual.transformer.resblocks[0].mlp.c_fc.out_features

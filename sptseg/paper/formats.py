@@ -78,8 +78,9 @@ def facts_of(
     root: Path | None = None,  # the checkout
 ) -> list[str]:
     """Collect seeds, length of training, devices and commits of the records of some rows."""
-    trained = [record for row in rows if row.recipe for record in records_of(row, seeds, root)]
-    measured = [record for row in rows if row.record for record in records_of(row, seeds, root)]
+    found = [(row, record) for row in rows for record in records_of(row, seeds, root)]
+    trained = [record for row, record in found if row.recipe and "metrics" in record]
+    measured = [record for row, record in found if not (row.recipe and "metrics" in record)]
     lengths = [f"{one['recipe']['iterations']} iterations of {one['recipe']['batch_size']} images" for one in trained]
     devices = [one["device"] for one in measured if "training" in one]
     commits = sorted({str(record.get("commit")) for record in trained + measured})

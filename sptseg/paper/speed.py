@@ -21,7 +21,8 @@ from ..data.files import FileSamples
 from ..models.segmenter import Segmenter
 from .complexity import torch_counter
 from ..training.launch import run_in_processes
-from ..training.losses import segmentation_loss
+from ..training.losses import training_loss
+from ..training.mask_losses import present_classes
 
 # %% ../../nbs/82_paper.speed.ipynb #6e00dc22
 def timed(
@@ -70,8 +71,9 @@ def train_step(
     """Run one training iteration: forward pass, backward pass, update."""
     images, label = batch
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=bf16):
-        masks = model(images, text)
-    loss = segmentation_loss(masks, label, auxiliary=auxiliary)["loss"]
+        outputs = model(images, text, outputs=True)
+    options = {"auxiliary": auxiliary, "focal_weight": 100.0, "auxiliary_weight": 1.0}
+    loss = training_loss(outputs, label, present=present_classes(label, len(text)), **options)["loss"]
     optimiser.zero_grad()
     loss.backward()
     optimiser.step()

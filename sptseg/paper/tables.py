@@ -47,7 +47,7 @@ class Row:
     published: str | None = None  # "table/dataset/row" in data/published.json
     note: str = ""  # printed after the name
     section: str = ""  # heading above it
-    record: str | None = None  # a record below data/results that needs no training
+    record: str | None = None  # a record below data/results that needs no training, instead of runs or beside them
     of: str | None = None  # recipe of that record
     measure: str | None = None  # how the record is made, see `MEASURES`
 
@@ -222,9 +222,11 @@ def row_numbers(
     measured = [numbers_of(record) for record in records]
     published, line = published_numbers(row.published, root), {"section": row.section, "row": row.name}
     line |= {"note": row.note, "source": row.recipe or row.record}
-    line["runs"] = len(records) if line["source"] else None
+    line["runs"] = sum("metrics" in record for record in records) if row.recipe else len(records)
+    line["runs"] = line["runs"] if line["source"] else None
     for column in columns:
-        line[column], line[f"{column} std"] = mean_spread([numbers[column] for numbers in measured])
+        known = [numbers[column] for numbers in measured if column in numbers]
+        line[column], line[f"{column} std"] = mean_spread(known)
         line[f"published {column}"] = math.nan if published.get(column) is None else published[column]
     return line
 
@@ -260,7 +262,8 @@ def model_cost(
 
     visual = load_clip(recipe.clip, weights=recipe.clip_weights).visual
     model = PlainCLIP(visual) if plain else build_segmenter(visual, recipe.segmenter_config())
-    text = torch.zeros(len(load_label_set(recipe.dataset).classes), visual.output_dim)
+    labels, apart = recipe.with_templates(load_label_set(recipe.dataset)), recipe.segmenter_config().templates_apart
+    text = torch.zeros(len(labels.classes), *[len(labels.templates)] * (apart and not plain), visual.output_dim)
     used = 0 if plain else count_values(model, trained=True)
     unused = {} if plain else leftover_modules(model.config, visual.output_dim)
     learned = {"learned, used": used, "learned, as the releases count": used + sum(map(count_values, unused.values()))}

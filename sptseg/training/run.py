@@ -57,9 +57,12 @@ def make_optimizer(
     recipe: Recipe,
 ) -> torch.optim.AdamW:
     """AdamW over all trained tensors, with the same learning rate and weight decay for all, norms included."""
-    return torch.optim.AdamW(
-        model.trained_tensors().values(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
-    )
+    trained, options = model.trained_tensors(), {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "fused": True}
+    if recipe.decay_mixing is not False:
+        return torch.optim.AdamW(trained.values(), **options)
+    mixing = [tensor for name, tensor in trained.items() if name.startswith("decoder.mixing")]
+    others = [tensor for name, tensor in trained.items() if not name.startswith("decoder.mixing")]
+    return torch.optim.AdamW([{"params": others}, {"params": mixing, "weight_decay": 0.0}], **options)
 
 # %% ../../nbs/62_training.run.ipynb #0b844cdc
 def peak_memory(
