@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['mixed_images', 'square_sample', 'name_regions', 'plot_qualitative', 'unseen_accuracy', 'gallery_images',
-           'plot_gallery', 'largest_class', 'score_rows', 'draw_map', 'draw_scores', 'plot_seen_unseen']
+           'plot_gallery', 'largest_class', 'score_rows', 'draw_map', 'draw_scores', 'plot_seen_unseen',
+           'plot_two_stages']
 
 # %% ../../nbs/86_paper.maps.ipynb #86000002
 from collections.abc import Callable, Sequence
@@ -22,7 +23,9 @@ from torch.nn import functional as F
 
 from ..core import IGNORE
 from ..data.benchmarks import Benchmark
-from ..data.transforms import EvalTransform, Sample
+from ..data.transforms import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, Sample
+from ..models.proposals import masked_crops
+from ..models.segmenter import Segmenter
 from ..evaluation.evaluate import predict_samples
 from .figures import PAGE, draw_bars, in_style, look_of
 from ..plots import drawn_name, show_segmentations
@@ -217,4 +220,29 @@ def plot_seen_unseen(
         label="score of the class (its true region is outlined;\npale pixels have no label)",
     )
     draw_bars(right.subplots(), runs)
+    return figure
+
+# %% ../../nbs/86_paper.maps.ipynb #86ts0002
+@in_style()
+@torch.no_grad()
+def plot_two_stages(
+    model: Segmenter,  # of the method two-stage, in evaluation mode
+    image: Tensor,  # (1, 3, S, S), normalised
+    shown: Tensor,  # (3, S, S) uint8, the same image
+    text: Tensor,  # (C, d) class embeddings
+    names: Sequence[str],  # C
+    count: int = 5,  # proposals
+) -> Figure:
+    """Draw the largest proposals of an image, their crops and CLIP's answers."""
+    masks, embeddings = model.encoder(image)
+    crops = masked_crops(image, masks, model.encoder.crop_size) * torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    crops = (crops + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)).clamp(0, 255).byte()
+    answers = (model.decoder.logit_scale * embeddings[0] @ text.mT).softmax(-1).max(-1)
+    full = F.interpolate(masks, image.shape[-2:], mode="bilinear", align_corners=False)[0].sigmoid()
+    figure, axes = plt.subplots(2, count, figsize=(PAGE, 0.44 * PAGE), squeeze=False, layout="constrained")
+    for line, index in zip(axes.T, (full > 0.5).flatten(1).sum(1).topk(count).indices.tolist(), strict=True):
+        draw_map(line[0], shown.numpy(), f"proposal {index}")
+        line[0].contour(full[index], levels=[0.5], colors="white", linewidths=1)
+        name = drawn_name(names[answers.indices[index]])
+        draw_map(line[1], crops[index].numpy(), f"{name} {answers.values[index]:.0%}")
     return figure
