@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from ..core import IGNORE
 from ..data.benchmarks import Benchmark
 from ..data.transforms import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, Sample
+from ..evaluation.evaluate import predict_samples
 from ..models.proposals import masked_crops
 from ..models.segmenter import Segmenter
-from ..evaluation.evaluate import predict_samples
 from .figures import PAGE, draw_bars, in_style, look_of
 from ..plots import drawn_name, show_segmentations
 
