@@ -300,9 +300,11 @@ def test_parameters_are_typed_and_explained(notebook):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
 def test_recipes_have_only_known_keys(recipe):
-    """A file sets parameters of the notebook in nbs/runs that its name, folder or folder_name says, or is a Recipe."""
+    """A file sets parameters of the notebook in nbs/runs with which its name, folder or folder_name begins, or is a Recipe."""
     names = (recipe.stem, recipe.parent.name, f"{recipe.parent.name}_{recipe.stem}")
-    notebooks = [path for name in names if (path := ROOT / "nbs/runs" / f"{name}.ipynb").exists()]
+    notebooks = [
+        path for path in (ROOT / "nbs/runs").glob("*.ipynb") if any(name.startswith(path.stem) for name in names)
+    ]
     known = [{statement.target.id for statement in ast.parse(parameters_cell(path)).body} for path in notebooks]
     if not any(set(yaml.safe_load(recipe.read_text())) <= parameters for parameters in known):
         load_recipe(recipe)
