@@ -86,6 +86,22 @@ def fill_index(root: Path) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def tidy_outputs(notebook: Path) -> None:
+    """Merge pieces of a printed text, as JupyterLab does, and drop the state of widgets: both change with every run."""
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    content["metadata"].pop("widgets", None)
+    for cell in content["cells"]:
+        merged: list[dict] = []
+        for output in cell.get("outputs", []):
+            if merged and "name" in output and output["name"] == merged[-1].get("name"):
+                merged[-1]["text"] = "".join(merged[-1]["text"] + output["text"]).splitlines(keepends=True)
+            else:
+                merged.append(output)
+        if "outputs" in cell:
+            cell["outputs"] = merged
+    notebook.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def render_readme(notebook: Path) -> str:
     """nbs/index.ipynb as Markdown, without its hidden cells."""
     import nbformat
@@ -114,6 +130,8 @@ def regenerate(root: Path) -> None:
         done = subprocess.run([str(program)], cwd=root, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{command} failed:\n{done.stdout}{done.stderr}")
+    for notebook in root.glob("nbs/**/*.ipynb"):
+        tidy_outputs(notebook)
     fill_index(root)
     (root / "README.md").write_text(render_readme(root / "nbs/index.ipynb"), encoding="utf-8")
 

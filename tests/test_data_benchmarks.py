@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import papermill
 import pytest
 import torch
 import yaml
@@ -17,7 +16,6 @@ from sptseg.cli import main
 from sptseg.core import UserError
 from sptseg.data.benchmarks import BENCHMARKS, ON_DISK, load_benchmark
 
-RUNS = Path(__file__).resolve().parents[1] / "nbs/runs"
 TINY = {
     **{
         "clip": "glyph-clip",
@@ -94,15 +92,12 @@ def test_from_archives_to_results_by_command(data, tmp_path, capsys, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["voc", "folder"])
-def test_the_same_through_the_notebooks(data, tmp_path, name):
+def test_the_same_through_the_notebooks(kernel, data, tmp_path, name):
     parameters = {**TINY, "dataset": name, "data_root": data[name], "train_images": None, "val_images": None}
-    executed = tmp_path / "train.ipynb"
-    options = {"cwd": tmp_path, "progress_bar": False}
-    papermill.execute_notebook(RUNS / "train.ipynb", executed, {**parameters, "out": "run"}, **options)
+    executed = kernel("train", tmp_path, **parameters, out="run")
     assert "image/png" in executed.read_text()
     other = "context-60" if name == "voc" else "voc"
-    moved = {"run": "run", "dataset": other, "data_root": data[other]}
-    papermill.execute_notebook(RUNS / "evaluate.ipynb", tmp_path / "evaluate.ipynb", moved, **options)
+    kernel("evaluate", tmp_path, run="run", dataset=other, data_root=data[other])
     assert results_of(tmp_path / f"run/evaluation-{other}.json")["metrics"]["hIoU"] is None
 
 

@@ -175,7 +175,7 @@ def test_power_and_component_of_a_wave():
     assert F.cosine_similarity(component.flatten(), wave[..., 0].flatten(), dim=0).abs() > 0.999
 
 
-def test_the_notebook_draws_every_figure_and_draws_it_again_alike(tmp_path):
+def test_the_notebook_draws_every_figure_and_draws_it_again_alike(kernel, tmp_path):
     results, runs = tmp_path / "results", tmp_path / "runs"
     for method in ("zegclip", "spt-seg"):
         name = f"table1/glyphs-20/{method}"
@@ -183,10 +183,7 @@ def test_the_notebook_draws_every_figure_and_draws_it_again_alike(tmp_path):
         save_json(results / name / "seed0.json", train(recipe, runs / name / "seed0", progress=False))
     places = {"results": str(results), "runs": str(runs), "seeds": [0]}
     for folder in ("first", "second"):
-        executed, parameters = tmp_path / f"{folder}.ipynb", {**places, "folder": str(tmp_path / folder)}
-        papermill.execute_notebook(
-            ROOT / "nbs/runs/figures.ipynb", executed, parameters, cwd=tmp_path, progress_bar=False
-        )
+        kernel("figures", tmp_path, **places, folder=str(tmp_path / folder))
     first, second = (
         {path.name: path.read_bytes() for path in (tmp_path / part).iterdir()} for part in ("first", "second")
     )

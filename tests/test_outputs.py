@@ -38,3 +38,14 @@ def test_no_cell_shows_the_address_of_an_object(path):
             bare = shown.startswith("<") and output["data"].keys() == {"text/plain"} and not shown.startswith("<Figure")
             source = "".join(cell["source"])
             assert not bare and not re.search(r" at 0x[0-9a-f]{6,}", shown), f"end the cell with a semicolon: {source}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_cell_shows_a_progress_bar_a_clock_or_a_measured_speed(path):
+    """Each run would change them."""
+    changing = re.compile(r"\d+%\|| it/s|\d\d:\d\d:\d\d|\d images/s|\d ms per ")
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        for output in cell.get("outputs", []):
+            assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {}), "".join(cell["source"])
+            printed = "".join(output.get("text", ""))
+            assert output.get("name") != "stderr" and not changing.search(printed.replace("12:00:00", "")), printed

@@ -18,7 +18,10 @@ from sptseg.training.loop import train
 from sptseg.training.side_by_side import runs_at_once, train_side_by_side
 
 TWO_CORES = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
-SHORT = {"device": "cpu", "tracker": "none", "iterations": 3, "eval_every": 3, "val_images": 1, "decoder_layers": 1}
+SHORT = {
+    **{"device": "cpu", "tracker": "none", "iterations": 3, "eval_every": 3, "val_images": 1, "decoder_layers": 1},
+    **{"image_size": 32, "num_prompts": 2, "train_images": 4, "batch_size": 2},
+}
 
 
 def recipes(**changes):

@@ -18,9 +18,12 @@ INDEX = [
 
 @pytest.fixture
 def checkout(tmp_path):
-    """The checkout as a repository of its own, in sync, with a short index."""
+    """A repository of its own with one component notebook, in sync, with a short index."""
     root = sync.copy_project(tmp_path / "checkout")
     shutil.rmtree(root / "data")
+    for notebook in root.glob("nbs/**/*.ipynb"):
+        if notebook.name != "01_core.ipynb":
+            notebook.unlink()
     subprocess.run(["git", "init", "-q", str(root)], check=True)
     nbformat.write(nbformat.v4.new_notebook(cells=INDEX), root / "nbs/index.ipynb")
     sync.write(sync.differences(root), root)
@@ -46,6 +49,20 @@ def test_every_kind_of_drift_is_named(checkout):
     assert sorted(found) == ["README.md", "nbs/01_core.ipynb", "sptseg/core.py", "sptseg/stale.py"]
     assert found["sptseg/core.py"] == exported and found["sptseg/stale.py"] is None
     assert b"scrolled" not in found["nbs/01_core.ipynb"]
+
+
+def test_pieces_of_a_printed_text_are_merged_and_widgets_forgotten(tmp_path):
+    pieces = (("a", "1\n"), ("a", "2\n"), ("b", "3"), ("a", "4"))
+    said = [nbformat.v4.new_output("stream", name=name, text=text) for name, text in pieces]
+    cells = [nbformat.v4.new_markdown_cell("text"), nbformat.v4.new_code_cell("code", outputs=said)]
+    book = nbformat.v4.new_notebook(cells=cells, metadata={"widgets": {}})
+    nbformat.write(book, tmp_path / "book.ipynb")
+    for _ in range(2):
+        sync.tidy_outputs(tmp_path / "book.ipynb")
+    content = json.loads((tmp_path / "book.ipynb").read_text())
+    assert content["metadata"] == {} and "outputs" not in content["cells"][0]
+    found = [(output["name"], output["text"]) for output in content["cells"][1]["outputs"]]
+    assert found == [("a", ["1\n", "2\n"]), ("b", ["3"]), ("a", ["4"])]
 
 
 def test_readme_links_are_written_for_the_folder_above():

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pandas as pd
-import papermill
 import pytest
 import yaml
 
@@ -209,10 +208,8 @@ def test_efficiency_shows_the_published_counts():
 
 
 @pytest.mark.slow
-def test_a_copy_of_the_project_reads_its_own_records(root):
+def test_a_copy_of_the_project_reads_its_own_records(kernel, root):
     add_record(root, "table4/glyphs-20/one-layer", 0, 12.3)
-    executed = root / "executed.ipynb"
-    parameters = {"table": "table4", "seeds": [0], "folder": "figures"}
-    papermill.execute_notebook(ROOT / "nbs/runs/tables.ipynb", executed, parameters, cwd=root, progress_bar=False)
+    executed = kernel("tables", root, table="table4", seeds=[0], folder="figures")
     assert "12.3" in (root / "figures/glyphs-20-table4.md").read_text()
     assert "1 of 3 runs are finished" in executed.read_text()

@@ -11,7 +11,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -41,6 +40,8 @@ def plot_confusion(
     unseen: tuple[int, ...] = (),  # ids; their names have a star
 ) -> Figure:
     """Draw a confusion matrix."""
+    import seaborn as sns  # takes a second; trainings import this module
+
     names = [drawn_name(name) + " *" * (index in unseen) for index, name in enumerate(table.columns)]
     ticks, side = (names if len(names) <= NAMED else False), min(2 + 0.2 * len(names), 10)
     figure, axis = plt.subplots(figsize=(side + 0.8, side), layout="constrained")

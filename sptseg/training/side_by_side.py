@@ -67,8 +67,9 @@ def started(
         for number, run in enumerate(runs):
             receive, send = spawn.Pipe(duplex=False)
             arguments = (send, *run, progress, torch.get_num_threads())
-            processes.append(spawn.Process(target=train_and_send, args=arguments))
-            processes[-1].start()
+            process = spawn.Process(target=train_and_send, args=arguments)
+            process.start()
+            processes.append(process)
             send.close()  # the process has the other end: a killed one closes it
             active[receive] = number
         yield active
