@@ -269,7 +269,7 @@ def test_a_signal_saves_the_last_iteration(tmp_path, number, processes):
             time.sleep(0.05)
         time.sleep(1)  # some iterations
         process.send_signal(number)
-        status = process.wait(60)
+        status = process.wait(120)
     assert status == 130, log.read_text()
     saved = checkpoints(out)
     assert len(saved) == 1 and f"iteration {int(saved[0].stem[-6:])} of 60 is saved" in log.read_text()

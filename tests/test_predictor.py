@@ -195,6 +195,9 @@ def test_files_of_other_projects_are_refused(tmp_path):
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="not written by sptseg"):
         sptseg.load(tmp_path / "other.safetensors")
+    torch.save({"state_dict": {}}, tmp_path / "released.pth")
+    with pytest.raises(UserError, match="sptseg convert"):
+        sptseg.load(tmp_path / "released.pth")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="has no model.safetensors"):
         sptseg.load(tmp_path / "empty")
