@@ -211,11 +211,11 @@ def plot_history(
         loss = np.array([record["loss"] for record in history["train"]])
         width = max(1, len(loss) // 20)
         smooth = np.convolve(loss, np.full(width, 1 / width), "valid")
-        axes[0].plot(np.arange(width, len(loss) + 1), smooth, color=colour, label=method)
+        axes[0].plot(np.arange(width, len(loss) + 1), smooth, color=colour, label=drawn_name(method))
         iterations = [record["iteration"] for record in history["val"]]
         for name, line in (("mIoU(S)", "--"), ("mIoU(U)", ":"), ("hIoU", "-")):
             values = [np.nan if record[name] is None else record[name] for record in history["val"]]
-            axes[1].plot(iterations, values, line, marker=".", color=colour, label=f"{method} {name}")
+            axes[1].plot(iterations, values, line, marker=".", color=colour, label=drawn_name(f"{method} {name}"))
     axes[0].set(xlabel="iteration", ylabel="loss", yscale="log")
     axes[1].set(xlabel="iteration", ylabel="%", ylim=(0, 100))
     axes[0].legend(fontsize=6)

@@ -215,7 +215,8 @@ def read_segmenter_file(
         with safe_open(path, "pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({error}); check the path, or train again") from None
+        hint = "check the path, or train again; `sptseg convert` reads the authors' checkpoints (.pth)"
+        raise UserError(f"{path}: cannot be read as safetensors ({error}); {hint}") from None
     if "sptseg" not in metadata:
         raise UserError(f"{path}: not written by sptseg; the authors' checkpoints are read by `sptseg convert`")
     tensors = plain_weights(tensors, path)
