@@ -52,9 +52,9 @@ def kernel():
 
     client = NotebookClient(nbformat.v4.new_notebook(), timeout=600)
 
-    def execute(name, folder, **parameters):
+    def execute(name, folder, /, **parameters):
         notebook = parameterize_notebook(load_notebook_node(str(RUNS / f"{name}.ipynb")), parameters)
-        notebook.cells.insert(0, nbformat.v4.new_code_cell(f"%reset -f\n%cd -q {folder}"))
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(f"%reset -f\nIn.clear()\n%cd -q {folder}"))
         client.nb = notebook
         client.reset_execution_trackers()
         executed = Path(folder) / f"{name}.ipynb"
