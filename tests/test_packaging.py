@@ -300,7 +300,7 @@ def test_parameters_are_typed_and_explained(notebook):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
 def test_recipes_have_only_known_keys(recipe):
-    """A file is a Recipe, or sets parameters of a notebook in nbs/runs whose name begins its own, with or without folder."""
+    """A file is a Recipe, or sets parameters of a notebook in nbs/runs, with which its name or folder begins."""
     names = (recipe.stem, recipe.parent.name, f"{recipe.parent.name}_{recipe.stem}")
     notebooks = [
         path for path in (ROOT / "nbs/runs").glob("*.ipynb") if any(name.startswith(path.stem) for name in names)
