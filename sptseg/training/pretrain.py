@@ -6,8 +6,7 @@
 __all__ = ['NAMES', 'CONTEXT_LENGTH', 'CaptionedPool', 'make_pool', 'write_caption', 'tokenize', 'caption_tokens',
            'compact_vocabulary', 'full_vocabulary', 'text_vectors', 'image_vectors', 'caption_loss', 'name_loss',
            'soft_maximum', 'patch_loss', 'Stage', 'pretraining_losses', 'learning_rate_share', 'pretrain_stage',
-           'stage_path', 'save_stage', 'load_stage', 'name_vectors', 'classification_accuracy', 'dense_labels',
-           'dense_confusion', 'dense_accuracy', 'round_to_half', 'save_clip']
+           'stage_path', 'save_stage', 'load_stage', 'round_to_half', 'save_clip']
 
 # %% ../../nbs/67_training.pretrain.ipynb #19e82241
 import hashlib
@@ -27,10 +26,9 @@ from torch import Tensor
 from torch.nn import Embedding
 from torch.nn import functional as F
 
-from ..core import IGNORE, save_json, write_atomically
-from ..data.glyphs import GROUND_NAMES, THING_NAMES, WORDINGS, GlyphScenes, caption, captioned_scene, scene_rng
+from ..core import save_json, write_atomically
+from ..data.glyphs import GROUND_NAMES, THING_NAMES, WORDINGS, caption, captioned_scene, scene_rng
 from ..data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from ..evaluation.metrics import class_iou, pixel_accuracy
 from ..models.encoder import embed_patches
 
 # %% ../../nbs/67_training.pretrain.ipynb #eb2ca665
@@ -277,78 +275,6 @@ def load_stage(
         clip.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
     rng.bit_generator.state = report.pop("rng")
     return report
-
-# %% ../../nbs/67_training.pretrain.ipynb #b1c54642
-def name_vectors(
-    clip: open_clip.CLIP,  # with a reduced vocabulary
-    names: Sequence[str],  # C names
-    new_ids: Tensor,  # (49408,) from `compact_vocabulary`
-) -> Tensor:  # (C, d) unit-norm
-    """The mean over all wordings, as for the templates of a label set."""
-    texts = [wording.format(name) for name in names for wording in WORDINGS]
-    vectors = text_vectors(clip, new_ids[tokenize(texts)]).unflatten(0, (len(names), len(WORDINGS)))
-    return F.normalize(vectors.mean(1), dim=-1)
-
-# %% ../../nbs/67_training.pretrain.ipynb #4e02c91b
-@torch.no_grad()
-def classification_accuracy(
-    clip: open_clip.CLIP,  # with a reduced vocabulary
-    new_ids: Tensor,  # (49408,) from `compact_vocabulary`
-    length: int = 360,  # number of images
-    size: int = 96,  # side of an image, pixels
-    spans: tuple[float, float] = (0.4, 0.65),  # sizes of things, in units of the image's side
-) -> float:  # share of correct answers
-    """Zero-shot classification of images of one thing among the 36 things."""
-    pool = make_pool(length, size, (1, 1), spans, seed=10_000)
-    names = name_vectors(clip, THING_NAMES, new_ids)
-    scores = torch.cat([image_vectors(clip, part)[0] @ names.T for part in pool.images.split(60)])
-    return pool.named[torch.arange(length), scores.argmax(1)].float().mean().item()
-
-# %% ../../nbs/67_training.pretrain.ipynb #e1879caa
-@torch.no_grad()
-def dense_labels(
-    clip: open_clip.CLIP,  # with a reduced vocabulary
-    new_ids: Tensor,  # (49408,) from `compact_vocabulary`
-    names: Sequence[str],  # of C classes
-    images: Tensor,  # (B, 3, H, H) uint8
-) -> Tensor:  # (B, H, H) class ids
-    """Training-free segmentation: each patch gets the name with the highest score."""
-    patches = image_vectors(clip, images, 2)[1]
-    grid = math.isqrt(patches.shape[1])
-    scores = (patches @ name_vectors(clip, names, new_ids).T).mT.unflatten(2, (grid, grid))
-    return F.interpolate(scores, size=images.shape[-2:], mode="bilinear", align_corners=False).argmax(1)
-
-# %% ../../nbs/67_training.pretrain.ipynb #e0234709
-def dense_confusion(
-    clip: open_clip.CLIP,  # with a reduced vocabulary
-    new_ids: Tensor,  # (49408,) from `compact_vocabulary`
-    dataset: GlyphScenes,
-) -> Tensor:  # (C, C) counts; rows are labels, columns predictions
-    """Confusion matrix of `dense_labels` over a dataset."""
-    classes = len(dataset.classes)
-    confusion = torch.zeros(classes * classes, dtype=torch.long)
-    for first in range(0, len(dataset), 50):
-        samples = [dataset[index] for index in range(first, min(first + 50, len(dataset)))]
-        answer = dense_labels(clip, new_ids, dataset.classes, torch.stack([sample.image for sample in samples]))
-        truth = torch.stack([sample.mask for sample in samples]).long()
-        confusion += torch.bincount((truth * classes + answer)[truth != IGNORE], minlength=classes * classes)
-    return confusion.unflatten(0, (classes, classes))
-
-# %% ../../nbs/67_training.pretrain.ipynb #fafa0cc6
-def dense_accuracy(
-    confusion: Tensor,  # (C, C) from `dense_confusion`
-    unseen: Sequence[int],  # ids of the unseen classes
-) -> dict[str, float]:  # "pAcc", "mIoU(S)", "mIoU(U)", 0..100
-    """Pixel accuracy, and mean IoU over seen and unseen classes."""
-    iou = class_iou(confusion)
-    is_unseen = torch.zeros(len(iou), dtype=torch.bool)
-    is_unseen[list(unseen)] = True
-    values = {
-        "pAcc": pixel_accuracy(confusion),
-        "mIoU(S)": iou[~is_unseen].nanmean().item(),
-        "mIoU(U)": iou[is_unseen].nanmean().item(),
-    }
-    return {name: round(100 * value, 2) for name, value in values.items()}
 
 # %% ../../nbs/67_training.pretrain.ipynb #b417bb08
 @torch.no_grad()
