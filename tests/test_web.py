@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -306,7 +307,9 @@ def test_the_page_stops_with_the_process(model, capsys):
 def test_ctrl_c_stops_the_page(tmp_path):
     port, environment = free_port(), {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "sptseg.cli", "app", "zegclip-glyphs", "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell lets its background jobs ignore Ctrl-C
+    process = subprocess.Popen(command, env=environment, preexec_fn=heard, **pipes)
     try:
         assert process.stdout.readline() == f"zegclip-glyphs: http://127.0.0.1:{port} (Ctrl-C stops the page)\n"
         assert get(f"http://127.0.0.1:{port}")[0] == 200
