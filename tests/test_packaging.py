@@ -192,9 +192,9 @@ def test_site_shows_every_notebook_once(site):
 
 def test_site_links_notebooks_to_pages(site):
     text, linked = site.relink(
-        "[a](index.ipynb#x) [b](runs/demo.ipynb) [c](../LICENSE) [d](https://a.org/b.ipynb)", "nbs/z.md"
+        "[a](index.ipynb#It's-1-·-of-2) [b](runs/demo.ipynb) [c](../LICENSE) [d](https://a.org/b.ipynb)", "nbs/z.md"
     )
-    assert text == "[a](../README.md#x) [b](runs/demo.md) [c](../LICENSE) [d](https://a.org/b.ipynb)"
+    assert text == "[a](../README.md#its-1-of-2) [b](runs/demo.md) [c](../LICENSE) [d](https://a.org/b.ipynb)"
     assert linked == {"nbs/index.ipynb", "nbs/runs/demo.ipynb", "LICENSE"}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 from latex2mathml.converter import convert
+from markdown.extensions.toc import slugify
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
@@ -58,7 +59,7 @@ def page_path(path: str) -> str:
 
 
 def relink(markdown: str, source: str) -> tuple[str, set[str]]:
-    """Make links to notebooks links to pages, anchors in lower case; also returns the files linked to."""
+    """Make links to notebooks links to pages, with the anchors of MkDocs; also returns the files linked to."""
     linked, folder = set(), posixpath.dirname(source)
 
     def replace(match):
@@ -69,7 +70,7 @@ def relink(markdown: str, source: str) -> tuple[str, set[str]]:
         return match[1] + posixpath.relpath(page_path(target), folder or ".")
 
     pieces = FENCE.split(markdown)
-    pieces[::2] = [ANCHOR.sub(lambda m: m[1] + m[2].lower(), LINK.sub(replace, piece)) for piece in pieces[::2]]
+    pieces[::2] = [ANCHOR.sub(lambda m: m[1] + slugify(m[2], "-"), LINK.sub(replace, piece)) for piece in pieces[::2]]
     return "".join(pieces), linked
 
 
