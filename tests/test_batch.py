@@ -107,6 +107,7 @@ def unfinished(checkout):
 
 
 KILLED_WHEN = [  # by records that are there, and runs that have a checkpoint and no record
+    lambda finished, started: started and not finished,
     lambda finished, started: started and finished,
     lambda finished, started: len(finished) == 4,  # every run that can succeed: tables are being written
 ]
@@ -126,7 +127,7 @@ def kill_when(checkout, moment):
 
 @pytest.fixture(scope="module")
 def batch(tmp_path_factory):
-    """A checkout where `make tables` was killed twice, then not: records, outputs of each call, last status."""
+    """A checkout where `make tables` was killed three times, then not: records, outputs of each call, last status."""
     checkout = make_checkout(tmp_path_factory.mktemp("batch") / "checkout")
     kept, outputs = zip(*(kill_when(checkout, moment) for moment in KILLED_WHEN), strict=True)
     last = make(checkout, "tables")
@@ -136,13 +137,13 @@ def batch(tmp_path_factory):
 
 def test_a_killed_batch_goes_on_where_it_was(batch):
     _, kept, outputs, _ = batch
-    assert kept[2].keys() == {f"{name}/seed{seed}.json" for name in ("zegclip", "spt-seg") for seed in (0, 1)}
-    assert 0 < len(kept[0]) < len(kept[1]) == 4
+    assert kept[3].keys() == {f"{name}/seed{seed}.json" for name in ("zegclip", "spt-seg") for seed in (0, 1)}
+    assert 0 < len(kept[1]) < len(kept[2]) == 4
     for before, after, output in zip(kept, kept[1:], outputs[1:], strict=False):
         assert before.items() <= after.items(), "content and time of finished records are kept"
         assert f"runs to make: {6 - len(before)}," in output
-    assert "(continues)" in outputs[1]
-    assert re.search(r"\d of \d runs are made, about \d+ \w+ left", outputs[1])
+    assert "(continues)" in outputs[1] and "(continues)" in outputs[2]
+    assert re.search(r"\d of \d runs are made, about \d+ \w+ left", outputs[2])
 
 
 def test_records_hold_the_numbers_of_uninterrupted_direct_runs(batch, tmp_path):

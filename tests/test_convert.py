@@ -292,7 +292,7 @@ def full_clip():
     return load_clip("ViT-B-16-quickgelu", weights="random")
 
 
-@pytest.mark.parametrize("kind, prompts", [("zegclip", 10), ("spt", 100)])
+@pytest.mark.parametrize("kind, prompts", [("zegclip", 10), ("zegclip", 100), ("spt", 10), ("spt", 100)])
 def test_checkpoints_of_full_size(full_clip, tmp_path, monkeypatch, kind, prompts):
     """Every name and shape of the releases; CLIP's part in half precision, unused parameters as one stored number."""
     released = json.loads(FULL_SCALE.read_text())[kind]

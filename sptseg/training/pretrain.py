@@ -266,7 +266,7 @@ def load_stage(
     path: Path,  # from `stage_path`
     clip: open_clip.CLIP,  # with a reduced vocabulary; changed in place
     rng: np.random.Generator,  # changed in place
-) -> dict | None:  # the report, or None if there is no such file
+) -> dict | None:  # the report; None if the file does not exist
     """Go on behind a stage that an earlier run has finished."""
     if not path.exists():
         return None
