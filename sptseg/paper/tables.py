@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODEL_KEYS', 'MEASURES', 'checkout', 'Row', 'read_once', 'chosen', 'table_names', 'rows_of', 'recipes_of',
-           'record_path', 'recipe_of_row', 'read_record', 'records_of', 'is_current', 'published_numbers', 'numbers_of',
-           'row_numbers', 'table_numbers', 'clip_scores', 'model_cost', 'measure_missing']
+           'record_path', 'recipe_of_row', 'built_in_clip', 'read_record', 'records_of', 'is_current',
+           'published_numbers', 'numbers_of', 'row_numbers', 'table_numbers', 'clip_scores', 'model_cost',
+           'measure_missing']
 
 # %% ../../nbs/83_paper.tables.ipynb #694cae9e
 import json
@@ -135,17 +136,26 @@ def recipe_of_row(
 MODEL_KEYS = {"dataset", "clip", "val_images"} | (SegmenterConfig.model_fields.keys() & Recipe.model_fields.keys())
 
 
+@lru_cache
+def built_in_clip() -> str:
+    """Return the digest of the built-in CLIP, as records have it."""
+    return load_clip("glyph-clip").weights_hash[:16]
+
+
 def read_record(
     path: Path,
     recipe: Recipe,  # expected
     keys: set[str],  # that must agree
-) -> dict | None:  # None: missing, or of another recipe
+) -> dict | None:  # None: missing, of another recipe, or of another version of the built-in CLIP
     """Read a record if it is current."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        made_by = check_recipe({"live_start": False, **record["recipe"]}, str(path))  # older records lack the key
+        made_by = check_recipe(record["recipe"], str(path))
     except (OSError, ValueError, KeyError):
         return None
+    if (recipe.clip, recipe.clip_weights) == ("glyph-clip", None):
+        if record.get("inputs", {}).get("clip", built_in_clip()) != built_in_clip():
+            return None
     return record if made_by.model_dump(include=keys) == recipe.model_dump(include=keys) else None
 
 # %% ../../nbs/83_paper.tables.ipynb #52c3e410
@@ -246,11 +256,12 @@ def table_numbers(
 # %% ../../nbs/83_paper.tables.ipynb #f6a0da30
 def clip_scores(
     recipe: Recipe,  # names benchmark, CLIP and size
-) -> dict:  # "metrics"
+) -> dict:  # "metrics", and "inputs" with a digest of the CLIP
     """Evaluate the recipe's CLIP without training."""
     benchmark, clip, text = load_parts(recipe, training=False)
     loader = eval_loader(benchmark, recipe.image_size, recipe.workers or 0)
-    return {"metrics": evaluate(training_free_predictor(clip.visual, text), loader, benchmark.labels)}
+    metrics = evaluate(training_free_predictor(clip.visual, text), loader, benchmark.labels)
+    return {"metrics": metrics, "inputs": {"clip": clip.weights_hash[:16]}}
 
 
 def model_cost(
