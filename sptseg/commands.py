@@ -169,7 +169,7 @@ def run_check_reference(arguments: argparse.Namespace) -> int:
 # %% ../nbs/91_commands.ipynb #90b10002
 def run_models(arguments: argparse.Namespace) -> int:
     """List the trained models that ship with sptseg."""
-    from sptseg.inference.predictor import shipped_models
+    from sptseg.inference.model_files import shipped_models
     from sptseg.models.segmenter import FileNotes, read_segmenter_file
 
     for name, path in shipped_models().items():

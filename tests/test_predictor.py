@@ -19,7 +19,7 @@ from sptseg.data.benchmarks import load_benchmark
 from sptseg.data.label_sets import load_label_set
 from sptseg.evaluation.evaluate import eval_loader, evaluate_weights, load_model
 from sptseg.evaluation.metrics import SegmentationMetrics
-from sptseg.inference.predictor import shipped_models
+from sptseg.inference.model_files import shipped_models
 from sptseg.inference.results import none_label
 from sptseg.models.segmenter import read_segmenter_file
 from sptseg.recipe import load_recipe
