@@ -57,7 +57,7 @@ done = @echo "up to date: $(1)"
 
 tables table1 table2 table3 table4 losses options search study family efficiency figures dry: SEEDS ?= 3
 
-tables: $(STAMP) ## all tables, from the runs that they need (BENCH=glyphs-20|voc|coco SEEDS=3 JOBS=2)
+tables: $(STAMP) ## all tables, from the runs that they need (BENCH=glyphs-20|glyphs-stuff|voc|coco SEEDS=3 JOBS=2)
 	$(call batch,$@)
 	@for file in figures/$(BENCH)-*.md; do echo "up to date: $$file"; done
 
