@@ -200,7 +200,9 @@ def add_report_command(kinds: Commands) -> None:
     """`data report`."""
     title = "report classes, image sizes and first overlays of a dataset, which reveal shifted labels"
     report = add_command(kinds, "report", run_report, title, "data report voc --root /data/voc --split train")
-    report.add_argument("dataset", help="as in a recipe: voc, coco-stuff, context-59, context-60, folder, glyphs-20")
+    report.add_argument(
+        "dataset", help="as in a recipe: voc, coco-stuff, context-59, context-60, folder, glyphs-20, glyphs-stuff"
+    )
     report.add_argument("--root", type=Path, help="folder of the dataset")
     report.add_argument("--split", choices=("train", "val"), default="val", help="which images (default: val)")
     report.add_argument("--images", type=int, help="look at so many images, evenly spread (default: all)")

@@ -76,7 +76,7 @@ def chosen(
 
 # %% ../../nbs/83_paper.tables.ipynb #424386ff
 def table_names(
-    bench: str,  # "glyphs-20", "voc" or "coco"
+    bench: str,  # "glyphs-20", "glyphs-stuff", "voc" or "coco"
     root: Path | None = None,  # the checkout
 ) -> list[str]:  # "table1" and so on, in order
     """List the tables of a benchmark."""
