@@ -1,6 +1,6 @@
 # Every command of the project in one word; `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help install demo tables table1 table2 table3 table4 losses options search study family efficiency figures dry gpu test docs lab wheel lock export check lint format hooks clean
+.PHONY: help install demo tables table1 table2 table3 table4 losses options search study spectral family efficiency figures dry gpu test docs lab wheel lock export check lint format hooks clean
 
 # An active environment is used as it is (conda's base is left alone); otherwise .venv is made here.
 PYTHON ?= python3
@@ -55,7 +55,7 @@ define batch
 endef
 done = @echo "up to date: $(1)"
 
-tables table1 table2 table3 table4 losses options search study family efficiency figures dry: SEEDS ?= 3
+tables table1 table2 table3 table4 losses options search study spectral family efficiency figures dry: SEEDS ?= 3
 
 tables: $(STAMP) ## all tables, from the runs that they need (BENCH=glyphs-20|glyphs-stuff|voc|coco SEEDS=3 JOBS=2)
 	$(call batch,$@)
@@ -90,6 +90,10 @@ search: $(STAMP) ## table of the trials that chose learning rate and batch of th
 	$(call done,figures/$(BENCH)-$@.md)
 
 study: $(STAMP) ## table of trainings four times as long
+	$(call batch,$@)
+	$(call done,figures/$(BENCH)-$@.md)
+
+spectral: $(STAMP) ## table of settings where spectral prompts could help
 	$(call batch,$@)
 	$(call done,figures/$(BENCH)-$@.md)
 
