@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONFIDENCE', 'POWER', 'MOST_SEEDS', 'ImageCounts', 'metric_of_counts', 'counts_path', 'fits_record', 'read_counts',
-           'count_run', 'count_missing', 'Comparison', 'bootstrapped', 'compare', 'verdict', 'in_words', 'what_decides',
-           'plot_comparisons']
+           'count_run', 'count_missing', 'weights_here', 'Comparison', 'bootstrapped', 'compare', 'verdict', 'in_words',
+           'what_decides', 'explain_marks', 'plot_comparisons']
 
 # %% ../../nbs/83a_paper.statistics.ipynb #83a00002
 from collections.abc import Mapping, Sequence
@@ -17,19 +17,22 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from scipy import stats
 from torch import Tensor
 
 from ..core import UserError, write_atomically
 from ..data.label_sets import LabelSet, load_label_set
-from ..evaluation.evaluate import eval_loader, evaluate, load_model
+from ..evaluation.evaluate import eval_loader, evaluate, load_model, recipe_of_run
 from ..evaluation.metrics import SegmentationMetrics
 from .batch import run_folder
 from .figures import PAGE, in_style
 from .tables import Row, checkout, recipe_of_row, recipes_of, record_path, records_of
 from ..plots import COLOURS
-from ..recipe import check_recipe
+from ..recipe import RUNTIME_KEYS, Recipe, check_recipe
 
 # %% ../../nbs/83a_paper.statistics.ipynb #83a00005
 class ImageCounts:
@@ -138,6 +141,23 @@ def count_missing(
     wanted = [(recipe, seed) for recipe in recipes_of(tables, bench, root) for seed in seeds]
     missing = [pair for pair in wanted if read_counts(*pair, root) is None]
     return [path for pair in missing if (path := count_run(*pair, root, runs))]
+
+# %% ../../nbs/83a_paper.statistics.ipynb #83a0000w
+def weights_here(
+    recipe: str,  # its name
+    seeds: Sequence[int] = range(10),  # that are looked for
+    root: Path | None = None,  # the checkout
+) -> dict[int, Path]:  # seed → file of weights
+    """Find the weights of the finished runs of a recipe."""
+    root, compared = root or checkout(), Recipe.model_fields.keys() - set(RUNTIME_KEYS)
+    files = {seed: root / run_folder(recipe, seed) / "model.safetensors" for seed in seeds}
+    found = {}
+    for seed, file in files.items():
+        if file.is_file():
+            trained, wanted = recipe_of_run(file.parent), recipe_of_row(recipe, root, seed=seed)
+            if all(getattr(trained, key) == getattr(wanted, key) for key in compared):
+                found[seed] = file
+    return found
 
 # %% ../../nbs/83a_paper.statistics.ipynb #83a0000f
 CONFIDENCE = 0.95  # of the intervals
@@ -261,6 +281,23 @@ def what_decides(
     return f"a difference of this size needs more than {MOST_SEEDS} seeds"
 
 # %% ../../nbs/83a_paper.statistics.ipynb #83a0000s
+def explain_marks(
+    axis: Axes,
+    bootstrap: bool,  # whether there are bands
+    published: bool,  # whether there are published differences
+) -> None:
+    """Add the legend of `plot_comparisons` on the right."""
+    look = {"color": "#777777", "label": "mean, 95 % interval"}
+    marks = [Line2D([], [], color="black", marker="o", linestyle="", markersize=2.5, label="one seed")]
+    marks.append(Line2D([], [], marker="o", markersize=5, linewidth=1.2, **look))
+    if bootstrap:
+        marks.append(Patch(color="#777777", alpha=0.25, label="bootstrap over seeds and images"))
+    if published:
+        look = {"color": COLOURS[1], "fillstyle": "none", "linestyle": "", "label": "paper, on PASCAL VOC"}
+        marks.append(Line2D([], [], marker="D", markersize=5, **look))
+    axis.legend(handles=marks, loc="upper left", bbox_to_anchor=(1, 1))
+
+
 @in_style()
 def plot_comparisons(
     comparisons: Mapping[str, Comparison],  # by name, from top to bottom
@@ -283,6 +320,7 @@ def plot_comparisons(
         axis.plot(one.mean, place, "o", color=colour, markersize=5)
     for place, name in enumerate(names):
         axis.plot(published.get(name, float("nan")), place, "D", color=COLOURS[1], fillstyle="none", markersize=5)
+    explain_marks(axis, any(one.bootstrap for one in comparisons.values()), bool(published))
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set(xlabel=f"difference in {metric}, points", ylabel="", ylim=(len(names) - 0.5, -0.5))
     return figure
