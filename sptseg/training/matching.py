@@ -56,7 +56,6 @@ def free_queries(
     logits: Tensor,  # x, (B, Q, H, W) of the label's size
     queries: Tensor,  # (B, H, W), see `query_label`
 ) -> Tensor:  # (B, Q, H, W)
-    """Exempt queries without a segment from pixels without a label."""
+    """Exempt queries without a segment from the loss."""
     owners = one_hot_target(queries, logits.shape[1]).flatten(2).any(2)
-    unlabelled = queries == ignore_label(logits.shape[1])
-    return logits.masked_fill(unlabelled[:, None] & ~owners[..., None, None], EMPTY)
+    return logits.masked_fill(~owners[..., None, None], EMPTY)
