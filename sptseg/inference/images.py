@@ -32,7 +32,7 @@ def image_from_array(
     pixels = torch.from_numpy(np.array(values)).view(*values.shape[:2], channels).permute(2, 0, 1)
     return (pixels.expand(3, -1, -1) if channels == 1 else pixels[:3]).contiguous()
 
-
+# %% ../../nbs/46_inference.images.ipynb #44a10030
 def image_from_tensor(
     values: Tensor,  # (H, W), (1, H, W), (3, H, W) or (4, H, W): uint8, uint16, or floats in 0..1
 ) -> Tensor:  # (3, H, W) uint8, RGB

@@ -65,7 +65,7 @@ def font_file(
             continue
     return str(DEJAVU)
 
-
+# %% ../../nbs/49_inference.results.ipynb #49rs0001
 def region_centre(
     region: np.ndarray,  # (h, w) bool, at least one pixel
 ) -> tuple[int, int, float]:  # row and column of the pixel farthest from the border, and its distance in pixels
@@ -74,7 +74,7 @@ def region_centre(
     row, column = np.unravel_index(distance.argmax(), distance.shape)
     return int(row), int(column), float(distance.max())
 
-
+# %% ../../nbs/49_inference.results.ipynb #49rs0005
 def scale_nearest(
     values: np.ndarray,  # (H, W) labels
     size: tuple[int, int],  # (h, w)
@@ -107,7 +107,7 @@ def blend(
     mixed = np.where(known, (1 - opacity) * np.asarray(photo) + opacity * painted, np.asarray(photo))
     return Image.fromarray(mixed.round().astype(np.uint8)), ids
 
-
+# %% ../../nbs/49_inference.results.ipynb #49rs0008
 def draw_names(
     drawing: Image.Image,  # is drawn on
     ids: np.ndarray,  # (h, w) labels of its pixels
@@ -126,7 +126,7 @@ def draw_names(
             style = {"fill": "white", "stroke_width": max(1, size // 8), "stroke_fill": "black"}
             pen.text((column, row), name, font=font, anchor="mm", **style)
 
-
+# %% ../../nbs/49_inference.results.ipynb #49rs0011
 def add_legend(
     drawing: Image.Image,
     entries: Sequence[tuple[str, Sequence[int]]],  # texts and colours, from top to bottom
@@ -165,7 +165,7 @@ def save_mask(
         info.add_text(key, text)
     return write_atomically(path, lambda temporary: image.save(temporary, "PNG", pnginfo=info))
 
-
+# %% ../../nbs/49_inference.results.ipynb #49rs0014
 def query_legend(
     classes: Sequence[str],  # C names
     model: dict,  # "name" and "sha256" of its file
@@ -182,7 +182,7 @@ def legend_digest(
     model = {key: value for key, value in legend.get("model", {}).items() if key != "name"}
     return hashlib.sha256(json.dumps({**legend, "model": model}, sort_keys=True).encode()).hexdigest()
 
-
+# %% ../../nbs/49_inference.results.ipynb #49rs0018
 def save_legend(
     folder: str | Path,  # of the masks
     legend: dict,  # see `query_legend`

@@ -67,7 +67,7 @@ def window_places(
     rows, columns = (window_starts(*along) for along in zip(sides, window, stride, strict=True))
     return [(..., slice(y, y + window[0]), slice(x, x + window[1])) for y in rows for x in columns]
 
-
+# %% ../../nbs/47_inference.windows.ipynb #47wn0001
 def merge_windows(
     window_scores: Tensor,  # (n, C, h, w)
     places: Sequence[tuple],  # positions of the n windows, see `window_places`
@@ -128,7 +128,7 @@ class WindowFeatures:
     def layout(self) -> tuple:  # where the windows lie
         return self.places, self.window, self.sides
 
-
+# %% ../../nbs/47_inference.windows.ipynb #47wn0004
 @torch.inference_mode()
 def encode_windows(
     model: Segmenter,  # in evaluation mode
@@ -148,7 +148,7 @@ def encode_windows(
     parts = zip(encoded, places, images, strict=True)
     return [WindowFeatures(tensors, some, window, image.shape[-2:]) for tensors, some, image in parts]
 
-
+# %% ../../nbs/47_inference.windows.ipynb #47wn0007
 @torch.inference_mode()
 def window_masks(
     model: Segmenter,  # in evaluation mode
@@ -183,14 +183,14 @@ def candidate_classes(
     floor = torch.maximum(reached, lowest.max()) - ROUNDING * torch.finfo(masks.dtype).eps
     return (~(highest < floor)).nonzero()[:, 0]
 
-
+# %% ../../nbs/47_inference.windows.ipynb #47wn0008
 def classes_at_once(
     pixels: int,  # of one score map at its largest size
 ) -> int:  # at most `CLASSES_AT_ONCE`
     """Limit the classes that are resized together to a power of two, so that large images do not exhaust the memory."""
     return 1 << (max(1, min(CLASSES_AT_ONCE, MAX_SCORES // pixels)).bit_length() - 1)
 
-
+# %% ../../nbs/47_inference.windows.ipynb #47wn0010
 def class_groups(
     chosen: Tensor,  # ids, ascending
     num_classes: int,  # C
@@ -226,7 +226,7 @@ def scores_from_masks(
     merged = merge_windows(class_scores(resize_masks(masks[:, classes], window), seen, seen_bias), places, sides)
     return resize_masks(merged, output_size or sides)[0]
 
-
+# %% ../../nbs/47_inference.windows.ipynb #47wn0016
 def labels_from_masks(
     masks: Tensor,  # (n, C, h, w), and the next three as in `scores_from_masks`
     places: Sequence[tuple],

@@ -56,7 +56,7 @@ def mixed(
     """Compute matmuls in bfloat16, if wanted."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed_precision == "bf16")
 
-
+# %% ../../nbs/40_models.device.ipynb #36d00023
 @lru_cache
 def bf16_seconds() -> tuple[float, float]:  # of a linear layer in float32 and in bfloat16
     """Time both precisions on this CPU, the best of several."""

@@ -52,7 +52,7 @@ def open_clip_name(
         name = name.replace(theirs, ours)
     return name
 
-
+# %% ../../nbs/41_models.huggingface.ipynb #fce295fd
 def open_clip_weights(
     tensors: dict[str, Tensor],  # by the names of transformers or of open_clip
 ) -> dict[str, Tensor]:  # by the names of open_clip; whatever cannot be translated keeps its name
