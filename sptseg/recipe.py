@@ -50,7 +50,7 @@ UNUSED_KEYS = {  # keys of parts that a method has not; their defaults, which re
     "projection": (*PROMPTED, "decoder_layers", "dropout", "focal_weight", "auxiliary_weight"),
 }
 
-
+# %% ../nbs/45_recipe.ipynb #45rc0001
 def choose_clip(
     content: dict,  # keys and values of a recipe
 ) -> dict:  # with a CLIP that knows the words of the dataset
@@ -59,7 +59,7 @@ def choose_clip(
         return content
     return {**content, "clip": "ViT-B-16-quickgelu", "clip_weights": "openai"}
 
-
+# %% ../nbs/45_recipe.ipynb #45rc0003
 def check_value(
     value: object,  # of a key, as YAML reads it
     info: ValidationInfo,  # names the key
@@ -218,7 +218,7 @@ def problem_of(
     remedy = "write it in quotes" if first["type"] == "string_type" else "correct this key"
     return f"{text[0].lower()}{text[1:]}{found}; {remedy}"
 
-
+# %% ../nbs/45_recipe.ipynb #45rc0006
 def check_recipe(
     content: dict,  # keys and values of a recipe
     source: str = "recipe",  # their origin, for the error message
@@ -262,7 +262,7 @@ def shipped_recipes() -> dict[str, Path]:  # by name, such as "demo/spt-seg"
             found[file.relative_to(folder).with_suffix("").as_posix()] = file
     return found
 
-
+# %% ../nbs/45_recipe.ipynb #45rc0011
 def recipe_path(
     name: str | Path,  # a path, or the name of a recipe that ships with sptseg, such as "demo/spt-seg"
 ) -> Path:  # an existing file

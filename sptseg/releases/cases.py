@@ -44,7 +44,7 @@ def with_prompt_outputs(
     whole, number = block(torch.cat([tokens[:, :1], prompts, tokens[:, 1:]], 1)), prompts.shape[1]
     return torch.cat([output[:, :1], whole[:, 1 : 1 + number], output[:, 1:]], 1)
 
-
+# %% ../../nbs/73_releases.cases.ipynb #73cs0001
 def run_backbone(tensors: dict[str, Tensor], state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
     """Outputs of a case of the prompted encoder."""
     encoder = read_encoder(
@@ -68,7 +68,7 @@ def run_backbone(tensors: dict[str, Tensor], state: dict[str, Tensor], config: d
         return {**found, "region_embedding": others[0], **region_outputs(encoder, outputs, tuple(grid))}
     return {**found, **({"taps": others[0].transpose(0, 1)} if others else {})}
 
-
+# %% ../../nbs/73_releases.cases.ipynb #73cs0004
 def tapped_blocks(config: dict) -> tuple[int, ...]:
     """The tapped blocks of a backbone's configuration, counted from 1."""
     return tuple(index + 1 for index in config.get("out_indices", ()))
@@ -106,7 +106,7 @@ def run_loss(tensors: dict[str, Tensor], state: dict[str, Tensor], config: dict)
     }
     return {**terms, "total": total, **gradients}
 
-
+# %% ../../nbs/73_releases.cases.ipynb #73cs0006
 def loss_terms(outputs: DecoderOutputs, label: Tensor, config: dict, auxiliary: str) -> dict[str, Tensor]:
     """Our losses by the authors' names."""
     weights = {"focal_weight": config["mask_weight"], "auxiliary_weight": config["dice_weight"]}
@@ -137,7 +137,7 @@ def run_model(tensors: dict[str, Tensor], state: dict[str, Tensor], config: dict
     outputs |= {f"{name}_argmax": values.argmax(1) for name, values in outputs.items()}
     return {**outputs, "encode_decode": score(tensors["crop"])} if "crop" in tensors else outputs
 
-
+# %% ../../nbs/73_releases.cases.ipynb #73cs0009
 def read_model(state: dict[str, Tensor], config: dict, text: Tensor) -> tuple[Segmenter, tuple[int, int]]:
     """The model of a case, and the size of its head's masks."""
     heads = {"heads": config["backbone"]["heads"], "decoder_heads": config["decode_head"]["num_heads"]}
@@ -181,7 +181,7 @@ def run_training(tensors: dict[str, Tensor], state: dict[str, Tensor], config: d
         **{f"grad.{name}": gradient for name, gradient in official_gradients(model, state)},
     }
 
-
+# %% ../../nbs/73_releases.cases.ipynb #73cs0011
 def accuracy(logits: Tensor, label: Tensor) -> Tensor:
     """The share of labelled pixels with the right best class."""
     return (logits.argmax(1) == label)[label != IGNORE].float().mean()
@@ -197,7 +197,7 @@ def authors_table(
         table[200] = 200
     return table
 
-
+# %% ../../nbs/73_releases.cases.ipynb #73cs0013
 def official_gradients(model, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Gradients of the trained parameters by the authors' names."""
     ours = {name: tensor.grad for name, tensor in model.trained_tensors().items()}

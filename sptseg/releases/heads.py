@@ -49,7 +49,7 @@ def run_head(tensors: dict[str, Tensor], state: dict[str, Tensor], config: dict)
         return {**found, **transport_head(decoder, *inputs, state=state, size=size)}
     return {**found, **plain_head(decoder, *inputs, state=state, heads=heads)}
 
-
+# %% ../../nbs/74_releases.heads.ipynb #74hd0003
 def plain_head(decoder, maps: Tensor, cls: Tensor, text: Tensor, *, state: dict, heads: int) -> dict[str, Tensor]:
     """Every layer of the decoder of ZegCLIP or SPT-SEG, and the branches of spectral guided attention."""
     branches = {}
@@ -63,7 +63,7 @@ def plain_head(decoder, maps: Tensor, cls: Tensor, text: Tensor, *, state: dict,
     branches = {name: found[0][0] for name, found in outputs.items()}
     return {**branches, "layer_attn": masks, "layer_queries": queries}
 
-
+# %% ../../nbs/74_releases.heads.ipynb #74hd0005
 def run_layers(state: dict[str, Tensor], queries: Tensor, maps: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """Masks (L, B, C, h, w) and queries (L, B, C, d) of all complete layers of one decoder."""
     masks, all_queries = [], []
@@ -93,7 +93,7 @@ def region_head(decoder: RegionDecoder, maps: Tensor, cls: Tensor, regions: Tens
         "feature_target": maps.flatten(2).mT,
     }
 
-
+# %% ../../nbs/74_releases.heads.ipynb #74hd0007
 def cascade_head(
     decoder: CascadeDecoder, maps: Tensor, cls: Tensor, taps: Tensor, text: Tensor, *, state: dict, heads: int
 ) -> dict[str, Tensor]:
@@ -139,7 +139,7 @@ def transport_head(
         "sinkhorn_iterations": rounds_of(calls),
     }
 
-
+# %% ../../nbs/74_releases.heads.ipynb #74hd0009
 def transports(decoder: TransportDecoder) -> dict[str, torch.nn.Module]:
     """The transports of a decoder by name; the score path uses the last one."""
     return {"last": decoder.transport, **{str(i): layer.cross.transport for i, layer in enumerate(decoder.layers)}}

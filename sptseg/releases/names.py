@@ -74,6 +74,8 @@ PREFIXES = {  # official prefix: ours; the first match is used
     "norm2.": "norm1.",
     "norm3.": "norm2.",
 }
+
+# %% ../../nbs/70_releases.names.ipynb #70nm0001
 FIRST_PROMPTS, OTHER_PROMPTS = "backbone.prompt_embeddings", "backbone.deep_prompt_embeddings"
 PROMPTS = "encoder.deep_prompts.embeddings"
 LAYER = re.compile(r"decode_head\.(.*?)(\d+)\.((?:self_attn|multihead_attn|hlfs|linear[12]|norm[123])\..*)")
@@ -94,7 +96,7 @@ def stack_of(
     matches = ((re.fullmatch(pattern, layer[1]), ours) for pattern, ours in STACKS.items())
     return next((match.expand(ours) for match, ours in matches if match), None)
 
-
+# %% ../../nbs/70_releases.names.ipynb #70nm0003
 def our_name(
     official: str,  # a name in the releases
     last_layer: int,  # index of the last decoder layer there
@@ -135,7 +137,7 @@ class Translation:
     decoder: str = "zegclip"  # kind of decoder
     decoder_layers: int = 0  # 0 without a decoder
 
-
+# %% ../../nbs/70_releases.names.ipynb #70nm0008
 def translate_state(
     state: dict[str, Tensor],  # by official names
     transport: bool = False,  # whether the decoder is OTSeg's, whose names are those of ZegCLIP's
@@ -200,7 +202,7 @@ def build_visual(
     fill(visual, tensors)
     return visual
 
-
+# %% ../../nbs/70_releases.names.ipynb #70nm0012
 def filter_grid(
     values: Tensor,  # (h, w // 2 + 1, D, 2), a spectral prompt
 ) -> tuple[int, int]:  # (h, w): square if the shape allows it, else w even
@@ -218,7 +220,7 @@ def square_side(
         raise UserError(f"region_level_bridge: {len(tokens)} region tokens do not form a square; check the weights")
     return side
 
-
+# %% ../../nbs/70_releases.names.ipynb #70nm0017
 def read_encoder(
     translation: Translation,
     *,
@@ -262,7 +264,7 @@ def count_heads(
     """The number of heads that the releases use, see "Paper and code" above."""
     return HILO_HEADS if kind == "sgd" else configured
 
-
+# %% ../../nbs/70_releases.names.ipynb #70nm0020
 def read_decoder(
     translation: Translation,
     *,
@@ -286,7 +288,7 @@ def read_decoder(
     fill(decoder, tensors)
     return decoder.eval()
 
-
+# %% ../../nbs/70_releases.names.ipynb #70nm0022
 def read_segmenter(
     state: dict[str, Tensor],  # by official names
     *,

@@ -45,7 +45,7 @@ def largest(values: Tensor) -> float:
     """The largest absolute value."""
     return values.abs().max().item()
 
-
+# %% ../../nbs/72_releases.reference.ipynb #72rf0001
 def tolerance(
     name: str,  # name of the output
     reference: Tensor,
@@ -96,7 +96,7 @@ def check_device(
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: no cuda device is available; use cpu")
 
-
+# %% ../../nbs/72_releases.reference.ipynb #72rf0004
 def run_case(
     inputs: dict[str, Tensor],
     state: dict[str, Tensor],  # by official names
@@ -127,7 +127,7 @@ def tensors_on(tensors: dict[str, Tensor], device: str) -> dict[str, Tensor]:
     """The tensors on a device."""
     return {name: tensor.detach().to(device) for name, tensor in tensors.items()}
 
-
+# %% ../../nbs/72_releases.reference.ipynb #72rf0006
 def check_case(
     folder: Path,  # of the reference set
     case: dict,  # its entry in the manifest
@@ -164,7 +164,7 @@ def read_manifest(
         raise UserError(f"{manifest}: not the manifest of a reference set; name the folder that holds one")
     return cases
 
-
+# %% ../../nbs/72_releases.reference.ipynb #72rf0008
 def report_case(
     name: str,  # of the case
     rows: list[tuple[str, float, float]],  # see `check_case`
@@ -176,7 +176,7 @@ def report_case(
         report(f"  {'ok  ' if error <= limit else 'FAIL'} {output:72s} error {error:.1e}  tolerance {limit:.0e}")
     return [f"{name}/{output}" for output, error, limit in rows if not error <= limit]
 
-
+# %% ../../nbs/72_releases.reference.ipynb #72rf0010
 def check_reference(
     folder: str | Path,  # holds manifest.json and the cases' files
     *,
