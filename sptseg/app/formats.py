@@ -95,7 +95,7 @@ def onnx_attention(
         logits = op.Where(attn_mask, logits, op.Constant(value_float=-math.inf))
     return op.MatMul(op.Softmax(logits, axis=-1), value)
 
-
+# %% ../../nbs/75_app.formats.ipynb #75fm0001
 OUTPUTS = {
     "scores": "float32 (batch, classes, image_size, image_size): sigmoid of masks, minus seen_bias for biased classes",
     "labels": "int64 (batch, image_size, image_size): position of the class with the highest score",
@@ -116,7 +116,7 @@ def write_onnx(
     onnx.model.metadata_props.update({key: json.dumps(value, ensure_ascii=False) for key, value in notes.items()})
     onnx.save(path, external_data=False)
 
-
+# %% ../../nbs/75_app.formats.ipynb #75fm0003
 NOTES_FILE = "notes.json"  # in the archive of a program
 
 

@@ -64,7 +64,7 @@ class FrozenLinear(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         return ctx.transposed(gradient.contiguous()), None, None
 
-
+# %% ../../nbs/43_models.packed.ipynb #pack0018
 class PackedLinear:
     """A frozen linear layer in both directions, with an optional SiLU after it."""
 
@@ -91,7 +91,7 @@ def is_plain_float32(
     converted = torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.enabled
     return tokens.device.type == "cpu" and tokens.dtype == torch.float32 and not (traced or converted)
 
-
+# %% ../../nbs/43_models.packed.ipynb #pack0020
 def pack_block(
     block: nn.Module,  # one residual attention block of CLIP
     library: str,  # a key of `PACK`
@@ -109,7 +109,7 @@ def pack_block(
     ]
     return tuple(PackedLinear(library, weight.detach(), bias.detach()) for weight, bias in layers)
 
-
+# %% ../../nbs/43_models.packed.ipynb #pack0023
 class PackedBlock(PromptedBlock):
     """`PromptedBlock` with packed weights."""
 
@@ -167,7 +167,7 @@ def works(
         return False
     return torch.allclose(found, F.linear(tokens, weight, bias), atol=1e-4)
 
-
+# %% ../../nbs/43_models.packed.ipynb #pack0025
 @lru_cache
 def fastest_library(
     width: int,  # D, of the encoder's tokens
@@ -190,7 +190,7 @@ def fastest_library(
     fastest = min(best, key=best.get)
     return fastest if best[fastest] < TRIAL_GAIN * best[None] else None
 
-
+# %% ../../nbs/43_models.packed.ipynb #pack0028
 def library_for(
     visual: VisionTransformer,  # CLIP's image encoder
     device: torch.device,  # where it will compute
