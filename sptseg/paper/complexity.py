@@ -154,7 +154,7 @@ def elementwise_rule(
 
 # %% ../../nbs/81_paper.complexity.ipynb #a69db6c6
 ELEMENTWISE = (
-    *("add add_ sub sub_ rsub mul mul_ div neg pow exp sqrt".split()),
+    *("add add_ sub sub_ rsub mul mul_ div neg pow exp log sqrt".split()),
     *("sigmoid log_sigmoid logit relu clamp clamp_min where maximum".split()),
 )
 RULES = {
@@ -182,6 +182,7 @@ FREE = {
     "lift_fresh",
     "pad",
     "clone",
+    "scatter",
     "alias",
     "broadcast_tensors",
     "new_ones",
