@@ -274,7 +274,7 @@ def test_wrong_addresses_are_refused_before_the_model_is_loaded(capsys, monkeypa
         assert line == f"sptseg: --port: {port} is taken on 127.0.0.1; choose another one, such as --port {port + 1}"
     assert "65535" in refusal(capsys, "spt-seg-glyphs", "--port", 0)
     assert "0.0.0.0" in refusal(capsys, "spt-seg-glyphs", "--port", port, "--host", "192.0.2.1")
-    assert "no address" in refusal(capsys, "spt-seg-glyphs", "--port", port, "--host", "no.such.host.invalid")
+    assert "not an address" in refusal(capsys, "spt-seg-glyphs", "--port", port, "--host", "no.such.host.invalid")
 
 
 def test_a_missing_extra_and_an_unknown_model_are_named(capsys, monkeypatch):
