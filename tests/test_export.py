@@ -14,11 +14,11 @@ import torch
 import sptseg
 from sptseg.app import export
 from sptseg.app.export import Agreement, agreement, export_model
-from sptseg.app.formats import FORMATS, NOTES_FILE
+from sptseg.app.formats import FORMATS, NOTES_FILE, WindowModel, trace, without_fft
 from sptseg.cli import main
 from sptseg.core import UserError, asset_path
 from sptseg.models.clip import ClipModel
-from sptseg.models.segmenter import FileNotes, SegmenterConfig, build_segmenter
+from sptseg.models.segmenter import METHODS, FileNotes, SegmenterConfig, build_segmenter
 from sync import ROOT
 
 SIZE = 40  # a grid of 5×5 patches, which is odd and no multiple of the windows of the decoder
@@ -27,24 +27,34 @@ VISION = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 1, "head_wid
 TEXT = {"context_length": 16, "width": 32, "heads": 2, "layers": 1}
 
 
-@pytest.fixture(scope="module")
-def predictor():
-    """A tiny model with random weights and a spectral prompt that matters."""
+def make_predictor(config, layers=1, templates=("a {}.",), prepare=lambda segmenter: None):
+    """A tiny model with random weights, which `prepare` may change."""
     torch.manual_seed(0)
-    model = open_clip.CLIP(embed_dim=32, quick_gelu=True, vision_cfg=VISION, text_cfg=TEXT).eval().requires_grad_(False)
-    config = SegmenterConfig(image_size=SIZE, num_prompts=2, spectral_blocks="1", decoder_layers=1)
+    vision = VISION | {"layers": layers}
+    model = open_clip.CLIP(embed_dim=32, quick_gelu=True, vision_cfg=vision, text_cfg=TEXT).eval().requires_grad_(False)
     segmenter = build_segmenter(model.visual, config).eval().requires_grad_(False)
+    prepare(segmenter)
+    known = {"classes": NAMES, "unseen": ("sofa",), "setting": "inductive", "templates": templates, "seen_bias": 0.01}
+    notes = FileNotes(clip="tiny", stride=30, mean=(120, 110, 100), std=(60, 50, 40), method="spt-seg", **known)
+    source, apart = {"name": "tiny", "sha256": "0" * 64}, [len(templates)] * config.templates_apart
+    text = torch.nn.functional.normalize(torch.randn(3, *apart, 32), dim=-1)
+    return sptseg.Predictor(segmenter, ClipModel("tiny", model, "0" * 64), notes, text, source, "cpu")
+
+
+def make_selective(segmenter):
+    """A spectral prompt that matters, a task token that selects, and scores far from 1/2."""
     segmenter.encoder.spectral_prompt.filter.normal_(std=1.0)
-    with torch.no_grad():  # a task token that selects, and scores far from 1/2
+    with torch.no_grad():
         features, _ = segmenter.encoder(torch.randn(8, 3, SIZE, SIZE))
         last = segmenter.decoder.last
         last.selection.task_token.copy_(last.hilo(features).mean((0, 1)))
         last.selection.transform.mul_(100)
-    known = {"classes": NAMES, "unseen": ("sofa",), "setting": "inductive", "templates": ("a {}.",), "seen_bias": 0.01}
-    notes = FileNotes(clip="tiny", stride=30, mean=(120, 110, 100), std=(60, 50, 40), method="spt-seg", **known)
-    source = {"name": "tiny", "sha256": "0" * 64}
-    text = torch.nn.functional.normalize(torch.randn(3, 32), dim=1)
-    return sptseg.Predictor(segmenter, ClipModel("tiny", model, "0" * 64), notes, text, source, "cpu")
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    config = SegmenterConfig(image_size=SIZE, num_prompts=2, spectral_blocks="1", decoder_layers=1)
+    return make_predictor(config, prepare=make_selective)
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +114,37 @@ def test_the_report_holds_what_was_measured(fixed):
 
 def test_an_open_vocabulary_takes_other_names(predictor, tmp_path):
     """Here as a program; the notebook does the same with ONNX."""
-    export_model(predictor, tmp_path / "open.pt2", NAMES, open_vocabulary=True)
+    assert_open_vocabulary(predictor, tmp_path / "open.pt2")
     assert np.array_equal(np.load(tmp_path / "open.npy"), predictor.query(NAMES).text.numpy())
-    run, images = FORMATS["torch-export"].open(tmp_path / "open.pt2"), random_images(2)
+
+
+def assert_open_vocabulary(predictor, path):
+    """A file takes other numbers of names and gives the scores of `predict`."""
+    export_model(predictor, path, NAMES, open_vocabulary=True)
+    run, images = FORMATS["onnx" if path.suffix == ".onnx" else "torch-export"].open(path), random_images(2)
     pixels = torch.from_numpy(windows(images, {"mean": predictor.notes.mean, "std": predictor.notes.std}))
     for names in (NAMES, ("tree",), ("tree", "sofa", "lamp", "cat", "bird")):
         found = run([pixels, predictor.query(names).text])
         assert_equal_to_predict(*found, predictor.predict(images, names, seen_bias=0, scores=True))
+
+
+def two_templates(method, **changes):
+    changes |= {"image_size": SIZE, "num_prompts": 2, "decoder_layers": 1}
+    config = METHODS[method].model_copy(update=changes)
+    return make_predictor(config, layers=3, templates=("a {}.", "the {}."))
+
+
+@pytest.mark.parametrize(("method", "changes"), [("clip-rc", {}), ("cascade-clip+sgd", {"tapped_blocks": "1-2"})])
+def test_relatives_are_exported(method, changes, tmp_path):
+    assert_open_vocabulary(two_templates(method, **changes), tmp_path / "model.pt2")
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_rounds_of_transport_end_in_a_file_as_in_the_model(suffix, tmp_path):
+    """They depend neither on the image beside it nor on the shapes of a model that was traced before."""
+    predictor = two_templates("otseg")
+    trace(WindowModel(without_fft(predictor.segmenter), predictor.query(("cat", "dog")).text), SIZE, ())
+    assert_open_vocabulary(predictor, tmp_path / f"model{suffix}")
 
 
 def test_a_program_is_run_by_pytorch_alone(predictor, tmp_path):

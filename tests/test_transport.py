@@ -7,15 +7,11 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-import sptseg
-from sptseg.app.export import export_model
-from sptseg.core import UserError
 from sptseg.evaluation.evaluate import evaluation_path, load_model, recipe_of_run
 from sptseg.models.clip import load_clip
 from sptseg.models.segmenter import build_segmenter
 from sptseg.models.transport import EPSILON, MAX_ROUNDS, THRESHOLD, Transport, TransportDecoder, TransportPlan, sinkhorn
 from sptseg.recipe import check_recipe
-from sptseg.releases.convert import check_origin
 from sptseg.training.loop import train
 from sptseg.training.run_folder import WEIGHTS
 
@@ -133,24 +129,3 @@ def test_otseg_and_its_ensemble_are_one_model(tmp_path):
         model = load_model(recipe, folder / WEIGHTS)[1]
         assert model.decoder.ensemble == model.config.ensemble == (0.5 if changes else 1.0)
     assert found == ["evaluation-glyphs-20.json", "evaluation-glyphs-20-otseg+.json"]
-
-
-def test_an_export_is_refused_in_one_sentence(tmp_path):
-    train(check_recipe({**TINY, "setting": "inductive", "iterations": 1}), tmp_path / "run", progress=False)
-    with pytest.raises(UserError, match="depend on the image"):
-        export_model(sptseg.load(tmp_path / "run", device="cpu"), tmp_path / "model.onnx")
-    assert not (tmp_path / "model.onnx").exists()
-
-
-def test_one_template_is_refused_before_anything_is_trained(tmp_path):
-    with pytest.raises(UserError, match="templates: 'a {}.' is the only one"):
-        train(check_recipe({**TINY, "templates": ["a {}."]}), tmp_path / "run", progress=False)
-
-
-@pytest.mark.parametrize(("stored", "transport"), [("type='OTSeg'", False), ("type='ZegCLIP'", True)])
-def test_a_checkpoint_that_says_another_method_is_refused(tmp_path, stored, transport):
-    file = tmp_path / "model.pth"
-    torch.save({"state_dict": {}, "meta": {"config": f"model = dict({stored})"}}, file)
-    check_origin(file, not transport)
-    with pytest.raises(UserError, match="its stored configuration is that of"):
-        check_origin(file, transport)

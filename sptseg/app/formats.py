@@ -31,7 +31,8 @@ class WindowModel(nn.Module):
     def __init__(
         self,
         segmenter: Segmenter,  # in evaluation mode
-        text: Tensor | None = None,  # (C, d) class embeddings, unit-norm; None: the second input of `forward`
+        text: Tensor
+        | None = None,  # (C, d) or (C, T, d) class embeddings, unit-norm; None: the second input of `forward`
         biased: Sequence[int] = (),  # positions of the names that `seen_bias` lowers
         seen_bias: float = 0.0,
     ):
@@ -42,7 +43,7 @@ class WindowModel(nn.Module):
     def forward(
         self,
         images: Tensor,  # (B, 3, S, S), normalised
-        class_embeddings: Tensor | None = None,  # (C, d), unit-norm
+        class_embeddings: Tensor | None = None,  # as `text`
     ) -> tuple[Tensor, Tensor]:  # scores (B, C, S, S) and labels (B, S, S)
         text = self.text if class_embeddings is None else class_embeddings
         masks = resize_masks(self.segmenter(images, text), images.shape[-2:])
@@ -67,12 +68,13 @@ def without_fft(
 def trace(
     model: WindowModel,
     size: int,  # S, side of a window, pixels
-    width: int,  # d, of class embeddings
+    shape: Sequence[int],  # of one class in the embeddings: (d,), or (T, d) with templates apart
 ) -> ExportedProgram:
     """Trace a model with a free number of windows, and of classes if they are an input."""
     inputs, shapes = (torch.zeros(2, 3, size, size),), ({0: Dim("batch")},)
     if model.text is None:
-        inputs, shapes = (*inputs, torch.eye(3, width)), (*shapes, {0: Dim("classes")})
+        inputs, shapes = (*inputs, torch.ones(3, *shape)), (*shapes, {0: Dim("classes")})
+    torch.compiler.reset()  # else the shapes of models traced before it would become conditions of this one's
     with torch.no_grad():
         return torch.export.export(model.eval(), inputs, dynamic_shapes=shapes)
 
