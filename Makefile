@@ -21,6 +21,8 @@ SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))
 DEMO := data/runs/demo
 BENCH ?= glyphs-20
 JOBS ?= 2
+# notebooks and tests wait now and then for what they start, so that one more than there are cores runs at once
+WORKERS ?= $(shell $(PY) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
 TARGET ?= tables
 
 export PATH := $(BIN):$(PATH)
@@ -123,9 +125,9 @@ test: $(STAMP) ## check that all is in sync and formatted, run every notebook an
 	@ruff format --check nbs tests
 	@lint-imports --no-cache --no-logo
 	@echo "== 3/4 every notebook runs (nbdev_test)"
-	@OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --timing
+	@OMP_NUM_THREADS=1 nbdev_test --n_workers $(WORKERS) --timing
 	@echo "== 4/4 pytest"
-	@$(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	@$(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 docs: $(STAMP) ## build the documentation site in _site/ and check its links
 	@$(PY) -c 'import mkdocs, material, latex2mathml' 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check -e '.[docs]'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mixed_images', 'square_sample', 'name_regions', 'plot_qualitative', 'unseen_accuracy', 'gallery_images',
            'plot_gallery', 'largest_class', 'score_rows', 'draw_map', 'draw_scores', 'plot_seen_unseen',
-           'plot_two_stages']
+           'distinct_masks', 'plot_two_stages']
 
 # %% ../../nbs/86_paper.maps.ipynb #86000002
 from collections.abc import Callable, Sequence
@@ -222,6 +222,24 @@ def plot_seen_unseen(
     draw_bars(right.subplots(), runs)
     return figure
 
+# %% ../../nbs/86_paper.maps.ipynb #86ts0004
+def distinct_masks(
+    masks: Tensor,  # (Q, H, W) bool
+    count: int,  # at most
+    overlap: float = 0.5,  # IoU above which two masks are the same region
+) -> dict[int, int]:  # index of a mask → how many others show its region; the largest first
+    """Choose masks of different regions; empty masks are left out."""
+    flat = masks.flatten(1).float()
+    shared, area = flat @ flat.T, flat.sum(1)
+    same = shared / (area + area[:, None] - shared).clamp(min=1) > overlap
+    chosen: dict[int, int] = {}
+    left = area > 0
+    while left.any() and len(chosen) < count:
+        index = int((area * left).argmax())
+        chosen[index] = int((same[index] & left).sum()) - 1
+        left &= ~same[index]
+    return chosen
+
 # %% ../../nbs/86_paper.maps.ipynb #86ts0002
 @in_style()
 @torch.no_grad()
@@ -231,17 +249,20 @@ def plot_two_stages(
     shown: Tensor,  # (3, S, S) uint8, the same image
     text: Tensor,  # (C, d) class embeddings
     names: Sequence[str],  # C
-    count: int = 5,  # proposals
+    count: int = 5,  # proposals, at most
 ) -> Figure:
-    """Draw the largest proposals of an image, their crops and CLIP's answers."""
+    """Draw the proposals of different regions of an image, their crops and CLIP's answers."""
     masks, embeddings = model.encoder(image)
     crops = masked_crops(image, masks, model.encoder.crop_size) * torch.tensor(IMAGENET_STD).view(3, 1, 1)
     crops = (crops + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)).clamp(0, 255).byte()
     answers = (model.decoder.logit_scale * embeddings[0] @ text.mT).softmax(-1).max(-1)
     full = F.interpolate(masks, image.shape[-2:], mode="bilinear", align_corners=False)[0].sigmoid()
-    figure, axes = plt.subplots(2, count, figsize=(PAGE, 0.44 * PAGE), squeeze=False, layout="constrained")
-    for line, index in zip(axes.T, (full > 0.5).flatten(1).sum(1).topk(count).indices.tolist(), strict=True):
-        draw_map(line[0], shown.numpy(), f"proposal {index}")
+    chosen = distinct_masks(full > 0.5, count)
+    columns = max(len(chosen), 1)
+    size = PAGE * columns / count, 0.44 * PAGE
+    figure, axes = plt.subplots(2, columns, figsize=size, squeeze=False, layout="constrained")
+    for line, (index, alike) in zip(axes.T, chosen.items(), strict=False):
+        draw_map(line[0], shown.numpy(), f"proposal {index}, {alike} more alike" if alike else f"proposal {index}")
         line[0].contour(full[index], levels=[0.5], colors="white", linewidths=1)
         name = drawn_name(names[answers.indices[index]])
         draw_map(line[1], crops[index].numpy(), f"{name} {answers.values[index]:.0%}")
