@@ -27,11 +27,10 @@ VISION = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 1, "head_wid
 TEXT = {"context_length": 16, "width": 32, "heads": 2, "layers": 1}
 
 
-def make_predictor(config, layers=1, templates=("a {}.",), prepare=lambda segmenter: None):
+def make_predictor(config, templates=("a {}.",), prepare=lambda segmenter: None):
     """A tiny model with random weights, which `prepare` may change."""
     torch.manual_seed(0)
-    vision = VISION | {"layers": layers}
-    model = open_clip.CLIP(embed_dim=32, quick_gelu=True, vision_cfg=vision, text_cfg=TEXT).eval().requires_grad_(False)
+    model = open_clip.CLIP(embed_dim=32, quick_gelu=True, vision_cfg=VISION, text_cfg=TEXT).eval().requires_grad_(False)
     segmenter = build_segmenter(model.visual, config).eval().requires_grad_(False)
     prepare(segmenter)
     known = {"classes": NAMES, "unseen": ("sofa",), "setting": "inductive", "templates": templates, "seen_bias": 0.01}
@@ -128,21 +127,11 @@ def assert_open_vocabulary(predictor, path):
         assert_equal_to_predict(*found, predictor.predict(images, names, seen_bias=0, scores=True))
 
 
-def two_templates(method, **changes):
-    changes |= {"image_size": SIZE, "num_prompts": 2, "decoder_layers": 1}
-    config = METHODS[method].model_copy(update=changes)
-    return make_predictor(config, layers=3, templates=("a {}.", "the {}."))
-
-
-@pytest.mark.parametrize(("method", "changes"), [("clip-rc", {}), ("cascade-clip+sgd", {"tapped_blocks": "1-2"})])
-def test_relatives_are_exported(method, changes, tmp_path):
-    assert_open_vocabulary(two_templates(method, **changes), tmp_path / "model.pt2")
-
-
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 def test_rounds_of_transport_end_in_a_file_as_in_the_model(suffix, tmp_path):
     """They depend neither on the image beside it nor on the shapes of a model that was traced before."""
-    predictor = two_templates("otseg")
+    config = METHODS["otseg"].model_copy(update={"image_size": SIZE, "num_prompts": 2, "decoder_layers": 1})
+    predictor = make_predictor(config, templates=("a {}.", "the {}."))
     trace(WindowModel(without_fft(predictor.segmenter), predictor.query(("cat", "dog")).text), SIZE, ())
     assert_open_vocabulary(predictor, tmp_path / f"model{suffix}")
 
