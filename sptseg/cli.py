@@ -7,7 +7,7 @@ __all__ = ['Commands', 'SETTINGS_HELP', 'MODEL_HELP', 'CLIP_HELP', 'DATASETS', '
            'no_setting', 'add_train_commands', 'add_evaluate_command', 'add_device_arguments', 'add_model_arguments',
            'add_predict_commands', 'add_export_command', 'add_app_command', 'add_prepare_commands',
            'add_report_command', 'add_data_convert_command', 'add_data_commands', 'add_release_commands', 'make_parser',
-           'parse_arguments', 'output_is_closed', 'main']
+           'parse_arguments', 'plain_messages', 'error_line', 'output_is_closed', 'main']
 
 # %% ../nbs/90_cli.ipynb #485c49d5
 import argparse
@@ -15,7 +15,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import shtab
@@ -38,14 +39,11 @@ from sptseg.commands import (
 from .core import UserError, use_bar_lines
 
 # %% ../nbs/90_cli.ipynb #52e93ac5
-Commands = argparse._SubParsersAction  # the commands of the main parser, or of `data`
-
-
 def describe(
     title: str,  # one line, beginning in lower case
     *examples: str,  # commands, without the program's name
 ) -> dict:  # arguments of a parser
-    """Description and examples of a command."""
+    """Format the description and the examples of a command for its help."""
     lines = ["example:" if len(examples) == 1 else "examples:", *(f"  sptseg {example}" for example in examples)]
     return {
         "description": f"{title[0].upper()}{title[1:]}.",
@@ -53,14 +51,17 @@ def describe(
         "formatter_class": argparse.RawDescriptionHelpFormatter,
     }
 
+# %% ../nbs/90_cli.ipynb #90cl0022
+Commands = argparse._SubParsersAction  # the commands of the main parser, or of `data`
+
 
 def add_command(
     commands: Commands,
     name: str,
     run: Callable[[argparse.Namespace], int],  # of `sptseg.commands`; its value is the exit status
     *about: str,  # title and examples, see `describe`
-) -> argparse.ArgumentParser:
-    """Add a command with its help."""
+) -> argparse.ArgumentParser:  # of the command, still without arguments
+    """Add a command with its help; the parsed arguments have `run` as `command`."""
     command = commands.add_parser(name, help=about[0], **describe(*about))
     command.set_defaults(command=run)
     return command
@@ -70,19 +71,19 @@ SETTINGS_HELP = "settings that replace the recipe's, for instance seed=1 iterati
 
 
 def add_settings(command: argparse.ArgumentParser) -> None:
-    """Settings of the recipe."""
+    """Add the settings that replace keys of the recipe."""
     command.add_argument("settings", nargs="*", default=[], metavar="key=value", help=SETTINGS_HELP)
 
 
 def no_setting(text: str) -> str:  # `text`
-    """Refuse a setting where the name of a recipe or a run is expected."""
+    """Return the name of a recipe or a run; a setting that is not the name of a file raises `ArgumentTypeError`."""
     if re.fullmatch(r"[a-z_]+=.*", text) and not Path(text).exists():
         raise argparse.ArgumentTypeError(f"{text} is a setting, which comes after the name")
     return text
 
 # %% ../nbs/90_cli.ipynb #90cl0005
 def add_train_commands(commands: Commands) -> None:
-    """`recipes` and `train`."""
+    """Add the commands `recipes` and `train`."""
     add_command(commands, "recipes", run_recipes, "list the recipes that ship with sptseg", "recipes")
     title = "train a model from a recipe, or resume an interrupted run"
     examples = ("train demo/spt-seg", "train table1/voc/spt-seg seed=1 data_root=/data/voc --out runs/voc-seed1")
@@ -93,16 +94,16 @@ def add_train_commands(commands: Commands) -> None:
     add_settings(train)
     train.add_argument("--quiet", action="store_true", help="no progress bars")
 
-
+# %% ../nbs/90_cli.ipynb #90cl0025
 def add_evaluate_command(commands: Commands) -> None:
-    """`evaluate`."""
+    """Add the command `evaluate`."""
     title = "evaluate the weights of a finished run"
     examples = ("evaluate runs/demo/spt-seg", "evaluate runs/table1/coco/spt-seg dataset=voc data_root=/data/voc")
     evaluate = add_command(commands, "evaluate", run_evaluate, title, *examples)
     folder = "folder of the run, as written by `sptseg train`"
     evaluate.add_argument("run", type=no_setting, metavar="run_folder", help=folder)
-    evaluate.add_argument("--recipe", help="evaluate as this recipe says (default: the run's own)")
-    evaluate.add_argument("--best", action="store_true", help="the weights of the best evaluation, not the last ones")
+    evaluate.add_argument("--recipe", help="recipe that says how to evaluate (default: the run's own)")
+    evaluate.add_argument("--best", action="store_true", help="weights of the best evaluation, not the last ones")
     evaluate.add_argument("--out", type=Path, help="JSON file to write (default: in the folder of the run)")
     evaluate.add_argument("--details", type=Path, help="folder for predictions, confusion and the worst images")
     add_settings(evaluate)
@@ -110,32 +111,32 @@ def add_evaluate_command(commands: Commands) -> None:
 
 # %% ../nbs/90_cli.ipynb #90cl0007
 MODEL_HELP = "a shipped name, a run's folder, a file of weights, or an id on the Hub"
-CLIP_HELP = "weights of the model's CLIP (default: as in the training)"
+CLIP_HELP = "weights of the model's CLIP (default: those of the training)"
 
 
 def add_device_arguments(command: argparse.ArgumentParser) -> None:
-    """Where and how precisely to compute."""
+    """Add the device and the precision."""
     command.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     text = "matmuls in bfloat16: faster on many processors, not exact (default: %(default)s)"
     command.add_argument("--mixed-precision", choices=("no", "bf16"), default="no", help=text)
 
 
 def add_model_arguments(command: argparse.ArgumentParser) -> None:
-    """The model, the names and their options."""
+    """Add the model, the class names and their options."""
     command.add_argument("model", help=MODEL_HELP)
     names = command.add_mutually_exclusive_group()
     names.add_argument("--classes", help="names, separated by commas (default: those of the training)")
-    names.add_argument("--classes-file", type=Path, help="text file with one name a line")
-    command.add_argument("--seen-bias", type=float, help="subtracted from scores of names seen in training")
+    names.add_argument("--classes-file", type=Path, help="text file with one name per line")
+    command.add_argument("--seen-bias", type=float, help="bias subtracted from the scores of names seen in training")
     command.add_argument("--template", action="append", help="sentence with {} for the name; may be repeated")
     command.add_argument("--clip-weights", type=Path, help=CLIP_HELP)
     command.add_argument("--quiet", action="store_true", help="no progress bar")
 
 # %% ../nbs/90_cli.ipynb #90cl0008
 def add_predict_commands(commands: Commands) -> None:
-    """`models` and `predict`."""
+    """Add the commands `models` and `predict`."""
     add_command(commands, "models", run_models, "list the trained models that ship with sptseg", "models")
-    title = "label images by class names: masks, overlays and a legend; an interrupted call goes on"
+    title = "label images by class names, and write masks, overlays and a legend; an interrupted call is resumed"
     examples = (
         'predict spt-seg-glyphs scene.png --classes "red heart, green cat" --out labels',
         "predict runs/voc photos/ --classes-file names.txt --threshold 0.3 --out labels",
@@ -145,13 +146,13 @@ def add_predict_commands(commands: Commands) -> None:
     predict.add_argument("images", nargs="+", type=Path, help="images, or folders of images")
     predict.add_argument("--out", type=Path, required=True, help="folder to write to")
     predict.add_argument("--threshold", type=float, help="pixels with a lower best score get no class (default: none)")
-    predict.add_argument("--scores", action="store_true", help="write STEM-scores.npy, (classes, height, width), too")
-    predict.add_argument("--overwrite", action="store_true", help="label everything again, replace other results")
+    predict.add_argument("--scores", action="store_true", help="also write STEM-scores.npy, (classes, height, width)")
+    predict.add_argument("--overwrite", action="store_true", help="label all images again, and replace other results")
     add_device_arguments(predict)
 
 # %% ../nbs/90_cli.ipynb #90cl0009
 def add_export_command(commands: Commands) -> None:
-    """`export`."""
+    """Add the command `export`."""
     title = "write a model to one file that runs without sptseg, and compare the file with the model"
     examples = (
         'export spt-seg-glyphs --classes "red heart, green cat" --out model.onnx',
@@ -161,12 +162,12 @@ def add_export_command(commands: Commands) -> None:
     add_model_arguments(export)
     export.add_argument("--out", type=Path, required=True, help="file to write or replace: .onnx or .pt2")
     formats = ("onnx", "torch-export")
-    export.add_argument("--format", choices=formats, help="format of the file (default: after the suffix)")
-    export.add_argument("--open-vocabulary", action="store_true", help="class embeddings are a second input")
+    export.add_argument("--format", choices=formats, help="format of the file (default: from the suffix)")
+    export.add_argument("--open-vocabulary", action="store_true", help="make the class embeddings a second input")
 
 # %% ../nbs/90_cli.ipynb #90cl0010
 def add_app_command(commands: Commands) -> None:
-    """`app`."""
+    """Add the command `app`."""
     title = "open a model in the browser: upload an image, type names, download labels; Ctrl-C stops the page"
     app = add_command(commands, "app", run_app, title, "app spt-seg-glyphs", "app runs/voc --port 8000 --host 0.0.0.0")
     app.add_argument("model", help=MODEL_HELP)
@@ -177,7 +178,7 @@ def add_app_command(commands: Commands) -> None:
     add_device_arguments(app)
 
 # %% ../nbs/90_cli.ipynb #90cl0012
-DATASETS = {  # a command: the dataset that it prepares
+DATASETS = {  # command: the dataset that it prepares
     "voc": "PASCAL VOC 2012 with the augmented training masks of SBD",
     "cocostuff": "COCO-Stuff 164K",
     "context": "PASCAL Context, 59 classes",
@@ -185,11 +186,11 @@ DATASETS = {  # a command: the dataset that it prepares
 
 
 def add_prepare_commands(kinds: Commands) -> None:
-    """`data voc`, `data cocostuff` and `data context`."""
+    """Add the commands `data voc`, `data cocostuff` and `data context`."""
     for name, dataset in DATASETS.items():
         title = f"unpack, convert and check {dataset}; an interrupted preparation is resumed"
         prepare = add_command(kinds, name, run_prepare, title, f"data {name} --root /data/{name} --download")
-        root = "folder of the dataset; its archives go here, too"
+        root = "folder of the dataset and of its archives"
         prepare.add_argument("--root", type=Path, required=True, help=root)
         prepare.add_argument("--download", action="store_true", help="fetch missing archives")
         prepare.add_argument("--partial", action="store_true", help="accept fewer images than the whole dataset has")
@@ -197,21 +198,21 @@ def add_prepare_commands(kinds: Commands) -> None:
 
 # %% ../nbs/90_cli.ipynb #90cl0013
 def add_report_command(kinds: Commands) -> None:
-    """`data report`."""
-    title = "report classes, image sizes and first overlays of a dataset, which reveal shifted labels"
+    """Add the command `data report`."""
+    title = "report the classes, image sizes and first overlays of a dataset, which reveal shifted labels"
     report = add_command(kinds, "report", run_report, title, "data report voc --root /data/voc --split train")
     report.add_argument(
-        "dataset", help="as in a recipe: voc, coco-stuff, context-59, context-60, folder, glyphs-20, glyphs-stuff"
+        "dataset", help="name as in a recipe: voc, coco-stuff, context-59, context-60, folder, glyphs-20, glyphs-stuff"
     )
     report.add_argument("--root", type=Path, help="folder of the dataset")
-    report.add_argument("--split", choices=("train", "val"), default="val", help="which images (default: val)")
-    report.add_argument("--images", type=int, help="look at so many images, evenly spread (default: all)")
+    report.add_argument("--split", choices=("train", "val"), default="val", help="split to report (default: val)")
+    report.add_argument("--images", type=int, help="number of images, evenly spread over the split (default: all)")
     report.add_argument("--out", type=Path, help="figure to write (default: report-DATASET-SPLIT.png)")
 
 # %% ../nbs/90_cli.ipynb #90cl0014
 def add_data_convert_command(kinds: Commands) -> None:
-    """`data convert`."""
-    title = "convert own annotations, COCO's panoptic JSON or a YOLO config.yaml, into a folder that training reads"
+    """Add the command `data convert`."""
+    title = "convert your own annotations, COCO panoptic JSON or a YOLO config.yaml, to a folder that training reads"
     examples = (
         "data convert panoptic_train.json --images train --root own --split train",
         "data convert config.yaml --root own",
@@ -221,12 +222,12 @@ def add_data_convert_command(kinds: Commands) -> None:
     convert.add_argument("--root", type=Path, required=True, help="folder to write")
     convert.add_argument("--images", type=Path, help="folder of the images (panoptic JSON)")
     convert.add_argument("--masks", type=Path, help="folder of the PNG files (default: named like the JSON file)")
-    split = "which split the JSON file becomes (default: train); a config.yaml names its splits"
+    split = "split that the JSON file becomes (default: train); a config.yaml names its splits"
     convert.add_argument("--split", choices=("train", "val"), default="train", help=split)
 
 # %% ../nbs/90_cli.ipynb #90cl0015
 def add_data_commands(commands: Commands) -> None:
-    """`data` and its commands."""
+    """Add the command `data` with its own commands."""
     title, example = "prepare and check a dataset, or report its content", "data voc --root /data/voc --download"
     data = commands.add_parser("data", help=title, **describe(title, example))
     kinds = data.add_subparsers(required=True, metavar="WHAT")
@@ -240,13 +241,14 @@ def add_data_commands(commands: Commands) -> None:
 
 # %% ../nbs/90_cli.ipynb #90cl0017
 def add_release_commands(commands: Commands) -> None:
-    """`convert` and `check-reference`."""
+    """Add the commands `convert` and `check-reference`."""
     title = "convert a checkpoint of the authors into the folder of a run, which can be evaluated"
     example = "convert zegclip-voc.pth runs/zegclip-voc data_root=/data/voc"
     convert = add_command(commands, "convert", run_convert, title, example)
-    convert.add_argument("checkpoint", type=Path, help="file of the release (.pth); nothing in it is executed")
+    convert.add_argument("checkpoint", type=Path, help="checkpoint of the release (.pth); no code in it is executed")
     convert.add_argument("out", type=Path, help="folder to write")
-    convert.add_argument("--recipe", default="table1/voc/zegclip", help="its model and data (default: %(default)s)")
+    recipe = "recipe of its model and data (default: %(default)s)"
+    convert.add_argument("--recipe", default="table1/voc/zegclip", help=recipe)
     convert.add_argument("--unchecked", action="store_true", help="do not compare its CLIP with the recipe's")
     add_settings(convert)
     title, example = "compare with vectors recorded from the authors' code", "check-reference tests/reference"
@@ -256,7 +258,7 @@ def add_release_commands(commands: Commands) -> None:
 
 # %% ../nbs/90_cli.ipynb #05aeaee4
 def make_parser() -> argparse.ArgumentParser:
-    """All commands and their arguments."""
+    """Build the parser of all commands and their arguments."""
     about = describe("zero-shot semantic segmentation with SPT-SEG and ZegCLIP", "recipes", "train demo/spt-seg")
     parser = argparse.ArgumentParser(prog="sptseg", **about)
     parser.add_argument("--version", action="version", version=f"sptseg {sptseg.__version__}")
@@ -275,7 +277,7 @@ def make_parser() -> argparse.ArgumentParser:
 def parse_arguments(
     arguments: Sequence[str] | None = None,  # without the program's name; None: from the command line
 ) -> argparse.Namespace:
-    """Like `parse_args`, but settings may also follow an option, which argparse alone does not allow."""
+    """Parse arguments like `parse_args`, with settings also after options; wrong usage exits with status 2."""
     parser = make_parser()
     chosen, rest = parser.parse_known_args(arguments)
     if any(argument.startswith("-") for argument in rest) or (rest and "settings" not in chosen):
@@ -284,9 +286,32 @@ def parse_arguments(
         chosen.settings = [*chosen.settings, *rest]
     return chosen
 
+# %% ../nbs/90_cli.ipynb #90cl0038
+@contextmanager
+def plain_messages() -> Iterator[None]:
+    """Write each warning as one line, without its line of code; at the end, restore this and stderr."""
+    stderr, formatted = sys.stderr, warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"sptseg: warning: {message}\n"
+    try:
+        yield
+    finally:
+        sys.stderr, warnings.formatwarning = stderr, formatted
+
+# %% ../nbs/90_cli.ipynb #90cl0040
+def error_line(
+    error: UserError | OSError | KeyboardInterrupt,
+) -> tuple[str, int]:  # one line, and the exit status
+    """Put an error into one line; an `OSError` must name its file."""
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or "interrupted; run the same command again to continue", 130
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}; check the path and its permissions", 1
+    message = str(error).rsplit("UserError: ", 1)[-1]  # a process that loads data puts its traceback in front
+    return " ".join(message.split()), 1
+
 # %% ../nbs/90_cli.ipynb #9c112f37
 def output_is_closed() -> bool:
-    """Whether nobody reads stdout any more, as after `sptseg recipes | head -1`; then the rest goes nowhere."""
+    """Return whether nobody reads stdout any more; if so, discard all that is still written to it."""
     try:
         print(flush=True)
     except BrokenPipeError:
@@ -298,32 +323,23 @@ def output_is_closed() -> bool:
 def main(
     arguments: Sequence[str] | None = None,  # without the program's name; None: from the command line
 ) -> int:  # exit status
-    """Run a command."""
-    stderr, formatted = sys.stderr, warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"sptseg: warning: {message}\n"  # without the line of code
-    try:
+    """Run a command; report an error of the user in one line, and let any other exception pass."""
+    with plain_messages():
         try:
-            chosen = parse_arguments(arguments)
-            use_bar_lines()
-            return chosen.command(chosen)
-        finally:
-            sys.stdout.flush()  # a closed pipe is noticed here at the latest
-    except OSError as error:
-        if isinstance(error, BrokenPipeError) and output_is_closed():
-            return 141  # as if the signal SIGPIPE had ended the process
-        if error.filename is None:
-            raise
-        print(f"sptseg: {error.filename}: {error.strerror}; check the path and its permissions", file=sys.stderr)
-        return 1
-    except UserError as error:
-        message = str(error).rsplit("UserError: ", 1)[-1]  # a process that loads data puts its traceback in front
-        print(f"sptseg: {' '.join(message.split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stopped:
-        print(f"sptseg: {str(stopped) or 'interrupted; the same command goes on'}", file=sys.stderr)
-        return 130
-    finally:
-        sys.stderr, warnings.formatwarning = stderr, formatted
+            try:
+                chosen = parse_arguments(arguments)
+                use_bar_lines()
+                return chosen.command(chosen)
+            finally:
+                sys.stdout.flush()  # a closed pipe is noticed here at the latest
+        except (UserError, OSError, KeyboardInterrupt) as error:
+            if isinstance(error, BrokenPipeError) and output_is_closed():
+                return 141  # as if the signal SIGPIPE had ended the process
+            if isinstance(error, OSError) and error.filename is None:
+                raise
+            message, status = error_line(error)
+            print(f"sptseg: {message}", file=sys.stderr)
+            return status
 
 
 if __name__ == "__main__" and "__file__" in globals():  # not when a notebook runs this cell
