@@ -136,6 +136,14 @@ def test_rounds_of_transport_end_in_a_file_as_in_the_model(suffix, tmp_path):
     assert_open_vocabulary(predictor, tmp_path / f"model{suffix}")
 
 
+def test_proposals_of_two_stages_are_cut_out_in_an_onnx_file(tmp_path):
+    config = METHODS["two-stage"].model_copy(update={"image_size": SIZE, "proposals": 3, "decoder_layers": 1})
+    predictor = make_predictor(config)
+    with torch.no_grad():
+        predictor.segmenter.encoder.proposer.queries.mul_(100)  # masks that differ
+    assert_open_vocabulary(predictor, tmp_path / "model.onnx")
+
+
 def test_a_program_is_run_by_pytorch_alone(predictor, tmp_path):
     names = ("lamp", "cat")
     report = export_model(predictor, tmp_path / "model.pt2", names, seen_bias=0.3, templates="the {}")

@@ -245,9 +245,6 @@ def export_model(
 ) -> ExportReport:
     """Write a model to one file, after a comparison with `predict`; problems raise `UserError`."""
     path = Path(path)
-    if predictor.segmenter.config.decoder == "proposals":
-        problem = "the crops of two-stage depend on the image, which a fixed graph cannot express"
-        raise UserError(f"{path}: not written; {problem}; use `sptseg predict` or a model of another method")
     kind = check_target(path, format)
     query = export_query(predictor, classes, open_vocabulary, seen_bias, templates)
     fixed = () if open_vocabulary else (query.text, query.biased, query.options["seen_bias"])

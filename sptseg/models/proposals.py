@@ -58,7 +58,7 @@ class MaskProposer(nn.Module):
         feature_map: Tensor,  # Ĥ, (B, d, h, w) patch embeddings, unit-norm
     ) -> Tensor:  # (B, Q, h, w) mask logits
         feature_map = feature_map * feature_map.shape[1] ** 0.5  # values of about 1
-        queries = self.queries.repeat(len(feature_map), 1, 1)
+        queries = self.queries.repeat(feature_map.shape[0], 1, 1)
         for layer in self.layers:
             queries = layer(queries, feature_map)
         return self.last.mask(queries, feature_map).unflatten(2, feature_map.shape[-2:])
@@ -85,10 +85,10 @@ def masked_crops(
     masks: Tensor,  # (B, Q, h, w) logits
     size: int,  # S, side of a crop, pixels
 ) -> Tensor:  # (B·Q, 3, S, S)
-    """Cut out each proposal on a ground of the mean colour."""
+    """Cut out each proposal on a background of the mean colour."""
     full = F.interpolate(masks, images.shape[-2:], mode="bilinear", align_corners=False)
     inside = (full >= 0).flatten(0, 1)
-    squares, each = mask_squares(inside), torch.arange(len(inside), device=images.device)[:, None]
+    squares, each = mask_squares(inside), torch.arange(inside.shape[0], device=images.device)[:, None]
     options = {"output_size": size, "sampling_ratio": 2, "aligned": True}
     pixels = roi_align(images, torch.cat([each // masks.shape[1], squares], 1), **options)
     return pixels * roi_align(inside[:, None].to(images.dtype), torch.cat([each, squares], 1), **options)
@@ -111,6 +111,8 @@ class ProposalEncoder(FrozenEncoder):
         self.proposer = MaskProposer(width=visual.output_dim, **options)
 
     def describe(self, crops: Tensor) -> Tensor:  # (n, 3, S, S) → (n, d), unit-norm
+        if torch.compiler.is_exporting():  # the graph is the same for any number of crops
+            return FrozenEncoder.forward(self, crops)[1]
         parts = [FrozenEncoder.forward(self, some)[1] for some in crops.split(CROPS_AT_ONCE)]
         return torch.cat(parts)
 
