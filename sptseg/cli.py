@@ -259,7 +259,9 @@ def add_release_commands(commands: Commands) -> None:
 # %% ../nbs/90_cli.ipynb #05aeaee4
 def make_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands and their arguments."""
-    about = describe("zero-shot semantic segmentation with SPT-SEG and ZegCLIP", "recipes", "train demo/spt-seg")
+    about = describe(
+        "zero-shot semantic segmentation with SPT-SEG, ZegCLIP and their family", "recipes", "train demo/spt-seg"
+    )
     parser = argparse.ArgumentParser(prog="sptseg", **about)
     parser.add_argument("--version", action="version", version=f"sptseg {sptseg.__version__}")
     shtab.add_argument_to(parser, "--print-completion", help="print a completion script for this shell")
