@@ -38,6 +38,7 @@ OWN_KEYS = {  # keys of parts that only some methods have
         ("tapped_blocks", "tap_start", "mixing_start", "decay_mixing"), ("cascade-clip", "cascade-clip+sgd")
     ),
     "freeze_added": ("clip-rc", "cascade-clip", "cascade-clip+sgd"),
+    "filter_lr_scale": ("spt-seg", "zegclip+spt"),
     "proposals": ("two-stage",),
     "logit_scale": ("projection", "two-stage"),
     **dict.fromkeys(("transport_stop", "transport_rounds", "transport_epsilon", "layer_maps"), ("otseg", "otseg+")),
@@ -144,6 +145,7 @@ class Recipe(BaseModel):
     batch_size: PositiveInt = 16  # summed over all processes
     lr: PositiveFloat = 2e-4
     min_lr: PositiveFloat = 1e-6
+    filter_lr_scale: PositiveFloat | None = None  # of spectral prompts: their filter learns at this multiple of `lr`
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     warmup_iterations: NonNegativeInt = 1500
     mixed_precision: Literal["no", "bf16"] = "no"

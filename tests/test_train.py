@@ -27,6 +27,7 @@ from sptseg.training.batches import BatchSampler
 from sptseg.training.checkpoint import checkpoints
 from sptseg.training.evaluations import best_evaluation, note_on_seen_classes
 from sptseg.training.loop import train
+from sptseg.training.run import initial_segmenter
 from sptseg.training.run_folder import BEST, RESULTS, WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,6 +103,20 @@ def test_resuming_keeps_what_is_not_trained(tmp_path, method):
         path.unlink()
     torch.manual_seed(5)
     assert weights_of(tmp_path, **settings) == whole
+
+
+def test_the_filter_may_learn_at_a_rate_of_its_own(tmp_path, interrupted_after):
+    """In its first step AdamW moves every value by the learning rate; a resumed run keeps both rates."""
+    name, moved = "encoder.spectral_prompt.filter", {}
+    torch.manual_seed(0)
+    start = initial_segmenter(tiny(), load_clip("glyph-clip")).trained_tensors()[name].detach()
+    for scale in (None, 1, 10):
+        with interrupted_after(1):
+            train(tiny(filter_lr_scale=scale, iterations=3), tmp_path / str(scale), progress=False)
+        moved[scale] = (newest(tmp_path / str(scale))["model"][name] - start).abs().median().item()
+    assert moved[None] == moved[1] == pytest.approx(1e-3, rel=0.01) and moved[10] == pytest.approx(1e-2, rel=0.01)
+    settings = {"filter_lr_scale": 10, "iterations": 3}
+    assert weights_of(tmp_path / "10", **settings) == weights_of(tmp_path / "whole", **settings)
 
 
 class ChangedMasks(Dataset):

@@ -56,13 +56,16 @@ def make_optimizer(
     model: Segmenter,
     recipe: Recipe,
 ) -> torch.optim.AdamW:
-    """AdamW over all trained tensors, with the same learning rate and weight decay for all, norms included."""
-    trained, options = model.trained_tensors(), {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "fused": True}
-    if recipe.decay_mixing is not False:
-        return torch.optim.AdamW(trained.values(), **options)
-    mixing = [tensor for name, tensor in trained.items() if name.startswith("decoder.mixing")]
-    others = [tensor for name, tensor in trained.items() if not name.startswith("decoder.mixing")]
-    return torch.optim.AdamW([{"params": others}, {"params": mixing, "weight_decay": 0.0}], **options)
+    """AdamW over all trained tensors, with one learning rate and weight decay unless the recipe says otherwise."""
+    trained, special = model.trained_tensors(), {}
+    if recipe.decay_mixing is False:
+        special["decoder.mixing"] = {"weight_decay": 0.0}
+    if recipe.filter_lr_scale is not None:
+        special["encoder.spectral_prompt"] = {"lr_scale": recipe.filter_lr_scale}
+    groups = [{"params": [tensor for name, tensor in trained.items() if not name.startswith(tuple(special))]}]
+    for part, options in special.items():
+        groups.append({"params": [tensor for name, tensor in trained.items() if name.startswith(part)], **options})
+    return torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
 
 # %% ../../nbs/62_training.run.ipynb #0b844cdc
 def peak_memory(
@@ -221,7 +224,7 @@ def step(
         if len(run.unread) >= READ_EVERY.get(run.accelerator.device.type, 1):
             read_losses(run)
         for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(run.recipe, run.done)
+            group["lr"] = group.get("lr_scale", 1) * learning_rate(run.recipe, run.done)
         run.optimizer.step()
         run.done += 1
 
