@@ -104,7 +104,7 @@ class Recipe(BaseModel):
     seen_bias: Annotated[float, Field(ge=-1, le=1)] = SEEN_BIAS  # calibrated stacking, in evaluations
     init_from: str | None = None  # file of weights to start from; None: random initial values
     continue_from: str | None = None  # folder of a shorter run of the same recipe, whose state is taken over
-    live_start: bool = True  # turn around task tokens that keep no patch of the first batch; False: as in the releases
+    live_start: bool = True  # negate task tokens that keep no patch of the first batch; False: as in the releases
     # the model; None: the choice of the method
     spectral_blocks: Annotated[str | None, Field(coerce_numbers_to_str=True)] = None  # as "1-2" in Table 3, or "none"
     decoder_layers: PositiveInt = 3  # Table 4

@@ -1,4 +1,4 @@
-"""A live start: dead tokens are turned around, and nothing else changes."""
+"""A live start: dead tokens are negated, and nothing else changes."""
 
 import warnings
 from pathlib import Path

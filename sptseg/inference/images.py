@@ -23,7 +23,7 @@ def image_from_array(
 ) -> Tensor:  # (3, H, W) uint8, RGB
     """Turn an array into an image; another shape or type raises `UserError`."""
     if values.dtype not in (np.uint8, np.uint16):
-        raise UserError(f"{name}: has type {values.dtype}; hand over uint8 (0..255) or uint16 (0..65535)")
+        raise UserError(f"{name}: has type {values.dtype}; pass uint8 (0..255) or uint16 (0..65535)")
     channels = values.shape[2] if values.ndim == 3 else 1
     if values.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in values.shape:
         raise UserError(f"{name}: has shape {values.shape}; an array is (H, W) or (H, W, 1, 3 or 4)")
@@ -44,7 +44,7 @@ def image_from_tensor(
         )
     if values.is_floating_point():
         if not (values >= 0).all() or not (values <= 1).all():
-            raise UserError("tensor: has values outside 0..1; hand over the image before its normalisation, or bytes")
+            raise UserError("tensor: has values outside 0..1; pass the image before its normalisation, or bytes")
         values = (values * 255).round().byte()
     return image_from_array((values if values.ndim == 2 else values.permute(1, 2, 0)).numpy(), "tensor")
 
@@ -55,7 +55,7 @@ def image_from_pil(
 ) -> Tensor:  # (3, H, W) uint8, RGB; turned as its EXIF note says
     """Turn a PIL image into an image; floating-point pixels raise `UserError`."""
     if 0 in image.size:
-        raise UserError(f"{name}: has no pixels; hand over another image")
+        raise UserError(f"{name}: has no pixels; pass another image")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
@@ -87,7 +87,7 @@ def as_image(
     elif isinstance(image, Tensor):
         pixels = image_from_tensor(image)
     else:
-        raise UserError(f"image: cannot be a {name}; hand over a path, a PIL image, an array or a tensor")
+        raise UserError(f"image: has type {name}; pass a path, a PIL image, an array or a tensor")
     check_dimensions((pixels.shape[2], pixels.shape[1]), name)
     return pixels
 

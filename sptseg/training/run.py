@@ -130,7 +130,7 @@ class Run:
         parts = recipe.gradient_accumulation_steps
         turned = turn_dead_tokens(self.segmenter, images, text, self.average, parts)
         if turned and self.progress:
-            tqdm.write(f"{recipe.method}: {len(turned)} task tokens kept no patch and were turned around (live_start)")
+            tqdm.write(f"{recipe.method}: {len(turned)} task tokens kept no patch and were negated (live_start)")
 
     @contextmanager
     def uninterrupted(self) -> Iterator[None]:  # a signal takes effect at the end
