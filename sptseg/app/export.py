@@ -28,20 +28,20 @@ from ..data.transforms import EvalTransform
 from ..inference.images import as_image
 from ..inference.predictor import Predictor, Query
 
-# %% ../../nbs/76_app.export.ipynb #75a10007
+# %% ../../nbs/76_app.export.ipynb #76ex0001
 INPUTS = {
     "images": "float32 (batch, 3, image_size, image_size): RGB, (value in 0..255 - mean) / std per channel",
     "class_embeddings": "float32 (classes, width), unit-norm rows by the text encoder of clip; "
     "(classes, templates, width) for a method that keeps templates apart",
 }
 
-
+# %% ../../nbs/76_app.export.ipynb #75a10007
 def describe_export(
     predictor: Predictor,
-    query: Query,  # the names
-    open_vocabulary: bool,
+    query: Query,  # names and options, see `export_query`
+    open_vocabulary: bool,  # class embeddings are an input
 ) -> dict:
-    """Describe a file: names, inputs, outputs and origin."""
+    """Collect the notes of a file, as values for JSON: names, inputs, outputs and origin."""
     notes, inputs = predictor.notes, INPUTS if open_vocabulary else {"images": INPUTS["images"]}
     kept = ("method", "dataset", "setting", "clip", "clip_sha256", "mean", "std", "stride", "metrics")
     return {
@@ -59,30 +59,30 @@ def describe_export(
         "export": provenance(),
     }
 
-# %% ../../nbs/76_app.export.ipynb #75a10010
+# %% ../../nbs/76_app.export.ipynb #76ex0002
 TOLERANCE = 1e-4  # of scores, as a share of the largest one
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well a file agrees with `predict`."""
+    """Differences between the results of a file and those of `predict`."""
 
     score_error: float  # largest difference of scores, as a share of the largest score
     ties: int  # pixels with another label whose two scores are equal within the tolerance
     wrong: int  # pixels with another label otherwise
 
     @property
-    def holds(self) -> bool:
+    def holds(self) -> bool:  # whether the file may be used
         return self.score_error <= TOLERANCE and self.wrong == 0
 
-
+# %% ../../nbs/76_app.export.ipynb #75a10010
 def agreement(
     scores: np.ndarray,  # (B, C, S, S), of the file
     labels: np.ndarray,  # (B, S, S), of the file
     expected: np.ndarray,  # (B, C, S, S), scores of `predict`
     expected_labels: np.ndarray,  # (B, S, S), of `predict`
 ) -> Agreement:
-    """Compare scores and labels; scores that are not finite never agree."""
+    """Compare the scores and labels of B images; scores that are not finite never agree."""
     largest = np.abs(expected).max()
     error = np.abs(scores - expected).max() / largest
     found, wanted = (
@@ -101,14 +101,14 @@ def example_windows(
     paths = sorted(asset_path("examples").glob("*.png"))[:3]
     return [np.asarray(Image.open(path).convert("RGB").resize((size, size))) for path in paths]
 
-
+# %% ../../nbs/76_app.export.ipynb #76ex0007
 def compare_with_predict(
     run: Runner,  # of the file
     predictor: Predictor,
     query: Query,
-    open_vocabulary: bool,
+    open_vocabulary: bool,  # class embeddings are an input of the file
 ) -> Agreement:
-    """Label three images with a file, as one batch, and with `predict`."""
+    """Label three images with a file and with `predict`, and compare the results."""
     notes, size = predictor.notes, predictor.segmenter.config.image_size
     images, transform = example_windows(size), EvalTransform(short_side=size, mean=notes.mean, std=notes.std)
     batch = torch.stack([transform(as_image(image))[0] for image in images])
@@ -118,7 +118,7 @@ def compare_with_predict(
     expected = [np.stack(parts) for parts in zip(*((one.scores, one.labels) for one in results), strict=True)]
     return agreement(scores, labels, *expected)
 
-
+# %% ../../nbs/76_app.export.ipynb #76ex0010
 def images_per_second(
     run: Runner,
     inputs: Sequence[Tensor],  # of one image
@@ -136,7 +136,7 @@ def images_per_second(
 # %% ../../nbs/76_app.export.ipynb #75a10015
 def check_target(
     path: Path,  # the file to write
-    format: str | None = None,  # a key of `FORMATS`; None: after the suffix
+    format: str | None = None,  # a key of `FORMATS`; None: from the suffix
 ) -> ExportFormat:
     """Choose the format; a file that cannot be written or a missing package raises `UserError`."""
     found = {kind.suffix: name for name, kind in FORMATS.items()}
@@ -178,7 +178,7 @@ class ExportReport:
         )
         return "\n".join(lines)
 
-
+# %% ../../nbs/76_app.export.ipynb #76ex0014
 ONNX_LIMIT = 2**31  # bytes of one ONNX file
 
 
@@ -186,18 +186,18 @@ def check_size(
     model: WindowModel,
     path: Path,  # the file to write
 ) -> None:
-    """Refuse a model that does not fit into an ONNX file."""
+    """Raise `UserError` if the weights do not fit into an ONNX file."""
     tensors = [*model.parameters(), *model.buffers()]
     if path.suffix == ".onnx" and sum(tensor.nbytes for tensor in tensors) >= ONNX_LIMIT:
         raise UserError(f"{path}: the weights exceed the 2 GiB of an ONNX file; use the format torch-export")
 
-
+# %% ../../nbs/76_app.export.ipynb #76ex0017
 def check_file(
     run: Runner,  # of the file
     path: Path,  # that the file will have
     predictor: Predictor,
     query: Query,
-    open_vocabulary: bool,
+    open_vocabulary: bool,  # class embeddings are an input of the file
 ) -> Agreement:
     """Compare a file with `predict`; a difference raises `UserError`."""
     found = compare_with_predict(run, predictor, query, open_vocabulary)
@@ -221,10 +221,10 @@ def export_query(
         raise UserError("seen_bias: an open-vocabulary file knows no names; subtract the bias from its scores")
     return predictor.query(classes, None, 0 if open_vocabulary else seen_bias, templates)
 
-
+# %% ../../nbs/76_app.export.ipynb #76ex0022
 def save_embeddings(
     path: Path,  # .npy file to write or replace
-    text: Tensor,  # (C, d) class embeddings
+    text: Tensor,  # (C, d) or (C, T, d) class embeddings
 ) -> None:
     """Write class embeddings as an array."""
     with io.BytesIO() as buffer:
@@ -237,7 +237,7 @@ def export_model(
     path: str | Path,  # .onnx or .pt2 file to write or replace
     classes: Sequence[str] | None = None,  # names; None: those of the training
     *,
-    format: str | None = None,  # a key of `FORMATS`; None: after the suffix
+    format: str | None = None,  # a key of `FORMATS`; None: from the suffix
     open_vocabulary: bool = False,  # embeddings are an input; those of `classes` go to a .npy file beside `path`
     seen_bias: float | None = None,  # calibrated stacking; None: that of the training, or 0 if `open_vocabulary`
     templates: str | Sequence[str] | None = None,  # None: those of the training
