@@ -262,7 +262,7 @@ def plot_two_stages(
     size = PAGE * columns / count, 0.44 * PAGE
     figure, axes = plt.subplots(2, columns, figsize=size, squeeze=False, layout="constrained")
     for line, (index, alike) in zip(axes.T, chosen.items(), strict=False):
-        draw_map(line[0], shown.numpy(), f"proposal {index}, {alike} more alike" if alike else f"proposal {index}")
+        draw_map(line[0], shown.numpy(), f"proposal {index} (+{alike})" if alike else f"proposal {index}")
         line[0].contour(full[index], levels=[0.5], colors="white", linewidths=1)
         name = drawn_name(names[answers.indices[index]])
         draw_map(line[1], crops[index].numpy(), f"{name} {answers.values[index]:.0%}")
