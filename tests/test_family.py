@@ -266,7 +266,7 @@ def test_exported_files_answer_as_the_model(tmp_path, method, kind):
     assert not any("recovery" in name for name, _ in copied.named_parameters())
     fixed, inputs = ((text, (0,), 0.1), ()) if kind == "torch-export" else ((), (text,))
     images, path = torch.randn(3, 3, 32, 32), tmp_path / f"model{FORMATS[kind].suffix}"
-    FORMATS[kind].write(trace(WindowModel(copied, *fixed), 32, 16), path, {})
+    FORMATS[kind].write(trace(WindowModel(copied, *fixed), 32, (16,)), path, {})
     scores, labels = FORMATS[kind].open(path)([images, *inputs])
     with torch.no_grad():
         expected = WindowModel(model, *fixed)(images, *inputs)
