@@ -129,7 +129,7 @@ def assert_open_vocabulary(predictor, path):
 
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 def test_rounds_of_transport_end_in_a_file_as_in_the_model(suffix, tmp_path):
-    """They depend neither on the image beside it nor on the shapes of a model that was traced before."""
+    """The rounds of an image depend neither on the image beside it nor on a model that was traced before."""
     config = METHODS["otseg"].model_copy(update={"image_size": SIZE, "num_prompts": 2, "decoder_layers": 1})
     predictor = make_predictor(config, templates=("a {}.", "the {}."))
     trace(WindowModel(without_fft(predictor.segmenter), predictor.query(("cat", "dog")).text), SIZE, ())

@@ -124,7 +124,7 @@ def biased_names(
     notes: FileNotes,  # the model's description
     names: Sequence[str],  # C names to choose from
 ) -> tuple[int, ...]:  # positions of the names whose scores calibrated stacking lowers
-    """Find the names seen in training; none are returned if the list consists of such names only."""
+    """Find the names seen in training; return none if all of them were seen."""
     trained = set(notes.classes) - (set(notes.unseen) if notes.setting == "inductive" else set())
     seen = tuple(index for index, name in enumerate(names) if name in trained)
     return seen if len(seen) < len(names) else ()

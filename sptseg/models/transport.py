@@ -10,7 +10,7 @@ __all__ = ['EPSILON', 'MAX_ROUNDS', 'THRESHOLD', 'OFFSET', 'match_columns', 'mat
 # %% ../../nbs/37_models.transport.ipynb #41a10003
 import torch
 from torch import Tensor, nn
-from torch._higher_order_ops import while_loop
+from torch._higher_order_ops import while_loop  # newer versions have it as torch.while_loop, too
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
