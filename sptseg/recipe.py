@@ -104,7 +104,7 @@ class Recipe(BaseModel):
     seen_bias: Annotated[float, Field(ge=-1, le=1)] = SEEN_BIAS  # calibrated stacking, in evaluations
     init_from: str | None = None  # file of weights to start from; None: random initial values
     continue_from: str | None = None  # folder of a shorter run of the same recipe, whose state is taken over
-    live_start: bool = True  # negate task tokens that keep no patch of the first batch; False: as in the releases
+    live_start: bool = True  # negate task tokens that keep no patch of the first batch; False: as in the authors' code
     # the model; None: the choice of the method
     spectral_blocks: Annotated[str | None, Field(coerce_numbers_to_str=True)] = None  # as "1-2" in Table 3, or "none"
     decoder_layers: PositiveInt = 3  # Table 4
@@ -117,7 +117,7 @@ class Recipe(BaseModel):
     tapped_blocks: Annotated[str | None, Field(coerce_numbers_to_str=True)] = None  # of Cascade-CLIP, as "6-11"
     tap_start: Literal["random", "clip"] | None = None  # of Cascade-CLIP: initial norms and projections of the taps
     mixing_start: Literal["code", "paper"] | None = None  # of Cascade-CLIP: initial weights of the taps
-    decay_mixing: bool | None = None  # of Cascade-CLIP: whether these weights decay, as in the releases
+    decay_mixing: bool | None = None  # of Cascade-CLIP: whether these weights decay, as in the authors' code
     zero_start: bool | None = None  # of CLIP-RC: whether updates of features start without their MLP
     freeze_added: bool | None = None  # whether region tokens or taps keep their initial values
     transport_stop: Literal["batch", "image"] | None = None  # of OTSeg: what ends the rounds in training

@@ -24,7 +24,7 @@ def resize_masks(
     masks: Tensor,  # (B, C, h, w)
     size: tuple[int, int],  # (H, W)
 ) -> Tensor:  # (B, C, H, W)
-    """Resize masks or scores bilinearly with align_corners=False, as the releases do."""
+    """Resize masks or scores bilinearly with align_corners=False, as the authors' code does."""
     return (
         masks if masks.shape[-2:] == tuple(size) else F.interpolate(masks, size, mode="bilinear", align_corners=False)
     )

@@ -41,7 +41,7 @@ def parse_blocks(
 def embed_patches(
     visual: VisionTransformer,  # CLIP's image encoder
     images: Tensor,  # (B, 3, H, W), normalised; H and W multiples of the patch size
-    class_embedding_count: int = 2,  # times the class embedding is added to token 0: 2 in the releases, 1 in CLIP
+    class_embedding_count: int = 2,  # times the class embedding is added to token 0: 2 in the authors' code, 1 in CLIP
 ) -> Tensor:  # (B, 1 + h·w, D): cls token, then patch tokens in row order
     """Embed patches, add position embeddings and apply `ln_pre`: the input of the first block, without prompts."""
     feature_map = visual.conv1(images.contiguous(memory_format=torch.channels_last))  # no copy to flatten
@@ -118,7 +118,7 @@ class PromptedEncoder(nn.Module):
         deep_prompts: DeepPrompts,  # one set of tokens per prompted block
         spectral_prompt: SpectralPrompt | None = None,  # shared by all blocks in `spectral_blocks`
         spectral_blocks: tuple[int, ...] = (),  # blocks, counted from 1, whose input is filtered
-        class_embedding_count: int = 2,  # 2 as in the releases, 1 as in CLIP
+        class_embedding_count: int = 2,  # 2 as in the authors' code, 1 as in CLIP
     ):
         super().__init__()
         self.checkpointing = False  # recompute blocks in the backward pass to save memory

@@ -43,7 +43,7 @@ class SegmenterConfig(BaseModel):
     image_size: PositiveInt = 512  # side of training crops and of inference windows, pixels
     dropout: float = 0.1  # of deep prompts and decoder, a probability
     head_split: Literal["code", "paper"] = "code"  # assignment of heads to the high and low branches
-    class_embedding_count: Literal[1, 2] = 2  # 2 in the releases, 1 in CLIP
+    class_embedding_count: Literal[1, 2] = 2  # 2 in the authors' code, 1 in CLIP
     regions: NonNegativeInt = 0  # region tokens per side of the image (CLIP-RC); 0 for none
     tapped_blocks: str = ""  # blocks below the last with decoders of their own (Cascade-CLIP), as "6-11"; "" for none
     mixing_start: Literal["code", "paper"] = "code"  # initial weights of the taps of a group
