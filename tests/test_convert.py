@@ -17,7 +17,8 @@ from sptseg.models.clip import interpolate_position_embedding, load_clip
 from sptseg.models.segmenter import build_segmenter, load_segmenter, read_segmenter_file
 from sptseg.recipe import Recipe, load_recipe, recipe_text
 from sptseg.releases.convert import about_equal, convert_checkpoint, load_plainly, summarise_conversion
-from sptseg.releases.names import FIRST_PROMPTS, LAYER, OTHER_PROMPTS, PREFIXES, PROMPTS, read_segmenter
+from sptseg.releases.models import read_segmenter
+from sptseg.releases.names import FIRST_PROMPTS, LAYER, OTHER_PROMPTS, PREFIXES, PROMPTS
 
 FULL_SCALE = Path(__file__).resolve().parent / "reference/full_scale.json"
 

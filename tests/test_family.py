@@ -25,7 +25,8 @@ from sptseg.paper.complexity import (
 )
 from sptseg.recipe import check_recipe
 from sptseg.releases.convert import convert_checkpoint
-from sptseg.releases.names import our_name, read_segmenter, reason_to_leave_out
+from sptseg.releases.models import read_segmenter
+from sptseg.releases.names import our_name, reason_to_leave_out
 from sptseg.releases.reference import check_reference, read_manifest
 from sptseg.training.run import make_optimizer
 

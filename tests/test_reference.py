@@ -15,7 +15,8 @@ from sptseg.core import IGNORE
 from sptseg.models.decoder import CROSS, DecoderLayer
 from sptseg.models.encoder import PromptedEncoder
 from sptseg.models.prompts import DeepPrompts, SpectralPrompt
-from sptseg.releases.names import PREFIXES, read_segmenter
+from sptseg.releases.models import read_segmenter
+from sptseg.releases.names import PREFIXES
 from sptseg.releases.reference import check_reference, take_stored
 from sptseg.training.losses import segmentation_loss
 

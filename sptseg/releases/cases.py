@@ -22,13 +22,12 @@ from ..models.regions import RegionEncoder, attention_allowed, recovery_loss
 from ..models.segmenter import Segmenter
 from ..models.transport import EPSILON, TransportDecoder, TransportPlan, set_transports
 from .heads import rounds_of, run_head, transports, with_prefix
+from .models import read_encoder, read_segmenter
 from sptseg.releases.names import (
     FIRST_PROMPTS,
     OTHER_PROMPTS,
     PROMPTS,
     our_name,
-    read_encoder,
-    read_segmenter,
     reason_to_leave_out,
     translate_state,
 )

@@ -28,7 +28,8 @@ from ..models.clip import ClipModel, clip_config, interpolate_position_embedding
 from ..models.segmenter import METHODS, Segmenter, SegmenterConfig, save_segmenter
 from ..models.weights import named_tensors, plain_weights
 from ..recipe import Recipe, recipe_text
-from .names import FIRST_PROMPTS, OTHER_PROMPTS, part, read_segmenter, translate_state
+from .models import part, read_segmenter
+from .names import FIRST_PROMPTS, OTHER_PROMPTS, translate_state
 
 # %% ../../nbs/71_releases.convert.ipynb #f315f180
 HARMLESS = {"numpy.dtype": np.dtype}  # NumPy's numbers, allowed besides tensors and containers

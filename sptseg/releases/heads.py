@@ -16,7 +16,8 @@ from ..models.decoder import relationship_descriptor
 from ..models.recording import recorded
 from ..models.regions import RegionDecoder
 from ..models.transport import TransportDecoder, set_transports
-from .names import part, read_decoder, read_layer, translate_state
+from .models import part, read_decoder, read_layer
+from .names import translate_state
 
 # %% ../../nbs/74_releases.heads.ipynb #79a00005
 def with_prefix(

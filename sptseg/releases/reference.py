@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..core import UserError
 from .cases import RUNNERS, run_loss, run_sinkhorn, run_training
-from .names import part
+from .models import part
 
 # %% ../../nbs/72_releases.reference.ipynb #6a0e26a2
 TENSOR_TOLERANCE, SCALAR_TOLERANCE, TIED_PIXELS = 1e-4, 1e-5, 3
