@@ -96,10 +96,10 @@ def test_opencv_decodes_to_the_same_bytes_as_pillow(mode, size):
 
 def test_jpegs_that_opencv_would_change_or_fill_with_grey_are_left_to_pillow():
     image = Image.fromarray(noise())
-    content, turned = jpeg(image), Image.Exif()
-    turned[0x0112] = 6
+    content, rotated = jpeg(image), Image.Exif()
+    rotated[0x0112] = 6
     assert decode_jpeg(content, "x") is not None
-    others = [jpeg(image.convert("CMYK")), jpeg(image, exif=turned), content + b"\0", b"", b"GIF89a"]
+    others = [jpeg(image.convert("CMYK")), jpeg(image, exif=rotated), content + b"\0", b"", b"GIF89a"]
     others += [content[:size] for size in range(len(content))]
     others += [content[:size] + END + content[size:] for size in range(700, len(content) - 2, 9)]
     assert not any(decode_jpeg(other, "x") is not None for other in others)
@@ -154,15 +154,15 @@ def test_unreadable_and_senseless_notes_turn_nothing(tmp_path):
     assert np.array_equal(read_image(tmp_path / "77.png").permute(1, 2, 0), noise())
 
 
-def test_turned_images_and_masks_fit_and_are_counted(tmp_path):
+def test_rotated_images_and_masks_fit_and_are_counted(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(noise()).save(tmp_path / "a.png", exif=exif)
     Image.fromarray(noise(30, 20, 1, 4)).save(tmp_path / "drawn.png")
-    Image.fromarray(noise(20, 30, 1, 4)).save(tmp_path / "unturned.png")
-    data = FileSamples(images=[tmp_path / "a.png"] * 2, masks=[tmp_path / "drawn.png", tmp_path / "unturned.png"])
-    assert data.is_turned(0) and np.array_equal(data[0].mask, noise(30, 20, 1, 4))
-    assert "turned as its EXIF note says" in refusal(data.__getitem__, 1)
+    Image.fromarray(noise(20, 30, 1, 4)).save(tmp_path / "unrotated.png")
+    data = FileSamples(images=[tmp_path / "a.png"] * 2, masks=[tmp_path / "drawn.png", tmp_path / "unrotated.png"])
+    assert data.is_rotated(0) and np.array_equal(data[0].mask, noise(30, 20, 1, 4))
+    assert "rotated by its EXIF orientation" in refusal(data.__getitem__, 1)
 
 
 # Large and elongated images

@@ -136,7 +136,7 @@ def test_background_that_is_no_class_may_fill_most_of_a_image():
     assert report_warnings(quiet(voc_like, Drawn(change=change))) == []
 
 
-def test_images_turned_by_their_note_are_counted(tmp_path):
+def test_images_rotated_by_their_exif_orientation_are_counted(tmp_path):
     for index in range(4):
         exif = Image.Exif()
         exif[0x0112] = 3 if index % 2 else 1
@@ -144,7 +144,7 @@ def test_images_turned_by_their_note_are_counted(tmp_path):
         Image.fromarray(Drawn()[0].mask.numpy()).save(tmp_path / f"{index}.png")
     paths = [tmp_path / f"{index}.jpg" for index in range(4)]
     data = FileSamples(images=paths, masks=[path.with_suffix(".png") for path in paths])
-    assert any(line.startswith("2 of 4 images are turned") for line in report_warnings(quiet(LABELS, data)))
+    assert any(line.startswith("2 of 4 images are rotated") for line in report_warnings(quiet(LABELS, data)))
     assert any(line.startswith("1 of 2 images") for line in report_warnings(quiet(LABELS, Subset(data, [1, 2]))))
     assert report_warnings(quiet(LABELS, Subset(data, [0, 2]))) == []
 

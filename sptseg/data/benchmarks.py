@@ -60,7 +60,7 @@ ON_DISK: dict[str, Callable[[str | Path, str], Dataset]] = {  # name: function t
     "folder": folder_samples,
 }
 
-
+# %% ../../nbs/15_data.benchmarks.ipynb #3f47541c
 def disk_benchmark(
     name: str,  # a key of `ON_DISK`
     *,
@@ -78,10 +78,10 @@ def disk_benchmark(
     samples = {split: first_images(ON_DISK[name](root, split), count) for split, count in limits.items()}
     return Benchmark(labels, samples.get("train"), samples["val"])
 
-
+# %% ../../nbs/15_data.benchmarks.ipynb #380b38d7
 def first_images(
     data: Dataset,
-    count: int | None,  # None: all
+    count: int | None,  # number of samples; None: all
 ) -> Dataset:
     """Return the beginning of a dataset."""
     return data if count is None else Subset(data, range(min(count, len(data))))
@@ -105,12 +105,12 @@ def load_benchmark(
 
 # %% ../../nbs/15_data.benchmarks.ipynb #c3ec7da0
 def digest(
-    content: object,  # what JSON can hold
+    content: object,  # a value that JSON can hold
 ) -> str:  # 16 hexadecimal digits
     """Hash a value by content."""
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
 
-
+# %% ../../nbs/15_data.benchmarks.ipynb #b8ac12bf
 def listed_files(
     data: Dataset,
 ) -> list[tuple[Path, Path]] | None:  # images and masks in order; None for data that are not read from files
@@ -120,7 +120,7 @@ def listed_files(
         return files and [files[index] for index in data.indices]
     return list(zip(data.images, data.masks, strict=True)) if isinstance(data, FileSamples) else None
 
-
+# %% ../../nbs/15_data.benchmarks.ipynb #1d447361
 def data_identity(
     benchmark: Benchmark,
 ) -> dict[str, str]:  # "classes", and "train" and "val" for data in files: count and digest

@@ -45,11 +45,11 @@ ID_SUFFIX = "_labelTrainIds.png"  # ending of a mask with class ids
 def place_cocostuff(
     member: str,  # name in one of the archives, for instance "val2017/000000000139.jpg"
 ) -> str | None:  # path below the dataset's folder; None for all other files of an archive
-    """Return the place of an archive's file in the folder."""
+    """Return the place of an archive's member in the dataset's folder."""
     match = re.fullmatch(r"(?:train|val)2017/\d{12}\.(jpg|png)", member)
     return match and f"{'images' if match[1] == 'jpg' else 'annotations'}/{member}"
 
-
+# %% ../../nbs/24_data.cocostuff.ipynb #98903fce
 def list_names(
     folder: Path,  # with up to 240,000 files
     ending: str,  # for instance ".jpg"
@@ -64,9 +64,7 @@ def list_names(
 
 # %% ../../nbs/24_data.cocostuff.ipynb #27ee79cd
 @lru_cache
-def raw_table() -> (
-    Tensor
-):  # (256,) uint8: class id of each number in the archive's masks; `INVALID` for numbers that must not occur
+def raw_table() -> Tensor:  # (256,) uint8: class id of each number in the archive's masks, or `INVALID`
     """Return the table from the archive's numbers to class ids; its gaps are invalid."""
     labels = load_label_set("coco-stuff")
     table = raw_lookup(labels)
@@ -78,7 +76,7 @@ def convert_mask(
     source: Path,  # mask of the archive
     target: Path,  # mask with class ids; its folder exists
 ) -> None:
-    """Renumber a mask file; a number without a class raises a `UserError` with the count of its pixels."""
+    """Renumber a mask file; a number without a class raises a `UserError` that counts its pixels."""
     mask = read_mask(source)
     ids = raw_table()[mask.int()]
     if wrong := mask[ids == INVALID].unique().tolist():
@@ -110,12 +108,12 @@ def id_table() -> Tensor:  # (256,) uint8: class ids and 255 as they are, everyt
     """Return the numbers that a converted mask may hold, as a lookup table."""
     return label_to_train_id(load_label_set("coco-stuff"), "supervised")
 
-
+# %% ../../nbs/24_data.cocostuff.ipynb #801bd3c8
 def cocostuff_samples(
     root: str | Path,  # the dataset's folder
     split: str,  # "train" or "val"
 ) -> FileSamples:  # in the order of image numbers; masks hold class ids 0..170 and 255
-    """Return the images and masks of a prepared dataset."""
+    """Return the images and masks of a prepared dataset; missing files raise `UserError`."""
     images, masks = find_pairs(Path(root), split, f"prepare the dataset with `sptseg data cocostuff --root {root}`")
     return FileSamples(images=images, masks=masks, lookup=id_table())
 
@@ -123,14 +121,14 @@ def cocostuff_samples(
 def count_cocostuff_masks(
     root: Path,  # the dataset's folder
 ) -> int:  # number of masks, in either numbering
-    """Count the masks of both splits."""
+    """Count the images of both splits that have a mask."""
     folders = [root / "annotations" / f"{split}2017" for split in COCO_COUNTS]
     return sum(len({*list_names(folder, ".png"), *list_names(folder, ID_SUFFIX)}) for folder in folders)
 
-
+# %% ../../nbs/24_data.cocostuff.ipynb #c8fe80de
 def needed_archives(
     root: Path,  # the dataset's folder
-    partial: bool,  # for a trial
+    partial: bool,  # accept fewer files, for a trial
 ) -> list[Archive]:  # whose files are incomplete
     """List the archives to unpack."""
     present = {p.name for place in (root, root / "archives") if place.is_dir() for p in place.iterdir()}
@@ -153,9 +151,9 @@ def needed_archives(
 def unpack_archives(
     root: Path,  # the dataset's folder
     *,
-    download: bool,
-    partial: bool,
-    progress: bool,
+    download: bool,  # fetch archives that are missing
+    partial: bool,  # accept fewer files, for a trial
+    progress: bool,  # whether to show progress bars
 ) -> None:
     """Unpack images and original masks."""
     compare = download or not partial
@@ -168,8 +166,8 @@ def unpack_archives(
 def convert_masks(
     root: Path,  # the dataset's folder
     *,
-    workers: int,
-    progress: bool,
+    workers: int,  # number of processes; 0 or 1: this one
+    progress: bool,  # whether to show a progress bar
 ) -> int:  # number of masks converted
     """Renumber the masks of all images that have no mask with class ids yet."""
     jobs = []

@@ -24,7 +24,7 @@ def to_array(
     "View an image as OpenCV needs it."
     return (image if image.ndim == 2 else image.permute(1, 2, 0)).numpy()
 
-
+# %% ../../nbs/28_data.colours.ipynb #0507be54
 def to_tensor(
     array: np.ndarray,  # (H, W, 3) or (H, W)
 ) -> Tensor:  # (3, H, W) or (H, W), the same memory
@@ -40,11 +40,11 @@ def uniform(
     "Draw a number."
     return low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item()
 
-
+# %% ../../nbs/28_data.colours.ipynb #b9a9ee9f
 def coin(
     generator: Generator,  # the source of the draw
     probability: float = 0.5,  # of True
-) -> bool:  # heads or tails
+) -> bool:  # True: heads
     "Toss a coin."
     return uniform(0, 1, generator) < probability
 
@@ -56,7 +56,7 @@ def linear_table(
     "Tabulate a linear change of byte values."
     return (torch.arange(256).float() * scale).add_(shift).clamp_(0, 255).byte().numpy()
 
-
+# %% ../../nbs/28_data.colours.ipynb #bda0091f
 def scale_and_shift(
     image: Tensor,  # (3, H, W) uint8
     scale: float = 1.0,  # α
@@ -76,7 +76,7 @@ def change_hsv(
     cv2.insertChannel(cv2.LUT(cv2.extractChannel(hsv, channel), table), hsv, channel)
     return to_tensor(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
 
-
+# %% ../../nbs/28_data.colours.ipynb #fad7faba
 def scale_saturation(
     image: Tensor,  # (3, H, W) uint8, RGB
     scale: float,  # α
@@ -84,7 +84,7 @@ def scale_saturation(
     "Make colours paler (α < 1) or stronger (α > 1)."
     return change_hsv(image, 1, linear_table(scale))
 
-
+# %% ../../nbs/28_data.colours.ipynb #c09ecf30
 def shift_hue(
     image: Tensor,  # (3, H, W) uint8, RGB
     shift: int,  # δ, half degrees
@@ -102,7 +102,7 @@ class Colours(NamedTuple):
     saturation: float | None  # α
     hue: int | None  # δ, half degrees
 
-
+# %% ../../nbs/28_data.colours.ipynb #e3435900
 def draw_colours(
     generator: Generator,  # the source of all draws
     brightness: float = 32.0,  # largest shift, levels of 255
@@ -120,10 +120,10 @@ def draw_colours(
         factor = uniform(*contrast, generator) if coin(generator) else None
     return Colours(shift, factor, first, colour, turn)
 
-
+# %% ../../nbs/28_data.colours.ipynb #80a22a6e
 def change_colours(
     image: Tensor,  # (3, H, W) uint8, RGB
-    drawn: Colours,
+    drawn: Colours,  # from `draw_colours`
 ) -> Tensor:  # (3, H, W) uint8, RGB
     "Apply drawn colour changes in their order."
     if drawn.brightness is not None:

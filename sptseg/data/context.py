@@ -50,16 +50,14 @@ ALIASES = {"diningtable": "table", "bedcloth": "bedclothes", "clothes": "cloth"}
 def plain_name(
     name: str,  # as in a published list, for instance "Potted plant"
 ) -> str:  # as in the label sets, for instance "pottedplant"
-    """Bring the name of a class to one spelling."""
+    """Return the spelling of a class name in the label sets."""
     letters = "".join(letter for letter in name.lower() if letter.isalpha())
     return ALIASES.get(letters, letters)
 
 # %% ../../nbs/25_data.context.ipynb #f6d92ad5
 def read_numbers(
     path: str | Path,  # "number: name" in every line, or a name in every line
-) -> dict[
-    int, str
-]:  # number in the masks: name; a list without numbers counts from 0 if it begins with "background", else from 1
+) -> dict[int, str]:  # number in the masks: name; names alone count from 0 if "background" is first, else from 1
     """Read the name of each number in the masks; an invalid list raises `UserError`."""
     lines = [line.strip() for line in read_bytes(path).decode("utf-8-sig", "replace").splitlines() if line.strip()]
     if not lines:
@@ -104,7 +102,7 @@ def named_lookup(
 # %% ../../nbs/25_data.context.ipynb #0feae969
 LISTS, IMAGE_FOLDER, MASK_FOLDER = "ImageSets/SegmentationContext", "JPEGImages", "SegmentationClassContext"
 
-
+# %% ../../nbs/25_data.context.ipynb #a1527721
 def place_image(
     member: str,  # name in VOC's archive
 ) -> str | None:  # path below the dataset's folder; None: not wanted
@@ -112,7 +110,7 @@ def place_image(
     match = re.fullmatch(r"VOCdevkit/VOC2010/(?:JPEGImages/(\d{4}_\d{6}\.jpg)|ImageSets/Main/(train|val)\.txt)", member)
     return match and (f"{IMAGE_FOLDER}/{match[1]}" if match[1] else f"{LISTS}/{match[2]}.txt")
 
-
+# %% ../../nbs/25_data.context.ipynb #b23d2b7f
 def place_mask(
     member: str,  # name in the archive of masks
 ) -> str | None:  # path below the dataset's folder; None: not wanted
@@ -128,7 +126,7 @@ def split_list(
     """Return the path of a split's list."""
     return root / LISTS / f"{split}.txt"
 
-
+# %% ../../nbs/25_data.context.ipynb #5b2f5ce0
 def context_files(
     root: Path,  # the dataset's folder
     split: str,  # "train" or "val"
@@ -193,9 +191,9 @@ def provide_names(
 def provide_context(
     root: Path,  # the dataset's folder
     *,
-    download: bool,
-    partial: bool,
-    progress: bool,
+    download: bool,  # fetch archives that are missing
+    partial: bool,  # accept archives without the published checksum
+    progress: bool,  # whether to show progress bars
 ) -> None:
     """Unpack lists, images, names and masks."""
     trial = {"digest": None} if partial and not download else {}

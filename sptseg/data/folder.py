@@ -36,14 +36,14 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".t
 
 
 def visible_files(
-    folder: Path,
+    folder: Path,  # searched with its subfolders; links are followed
 ) -> Iterator[Path]:  # in no particular order
     """List the files in a folder and its subfolders, without hidden ones."""
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(parent, name) for name in files if not name.startswith("."))
 
-
+# %% ../../nbs/14_data.folder.ipynb #98999120
 def files_by_name(
     folder: Path,  # for instance ROOT/images/train
     suffixes: tuple[str, ...],  # accepted ones, in lower case

@@ -22,9 +22,9 @@ from .files import PNG_SIGNATURE, mask_problem, read_image, read_mask
 # %% ../../nbs/18_data.integrity.ipynb #17f00006
 def seems_complete(
     path: Path,  # an image or a mask
-    is_mask: bool = False,
-) -> bool:
-    """Whether the first and last bytes are those of a complete file; TIFF has no end mark and passes."""
+    is_mask: bool = False,  # also check that the file can hold class numbers
+) -> bool:  # True for every TIFF, which has no end mark
+    """Return whether the first and last bytes are those of a complete image file."""
     with open(path, "rb") as file:
         head, size = file.read(26), file.seek(0, os.SEEK_END)
         file.seek(max(size - 8, 0))
@@ -44,7 +44,7 @@ def seems_complete(
 def file_problem(
     job: tuple[Path, Callable[[Path], Tensor]],  # a file, and `read_image` or `read_mask`
 ) -> str:  # "" if the file can be read
-    """Say why a file cannot be used; a file that seems complete is not decoded."""
+    """Return the reason why a file cannot be used; a file that seems complete is not decoded."""
     path, read = job
     try:
         if seems_complete(path, is_mask=read is read_mask):

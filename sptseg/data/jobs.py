@@ -26,7 +26,7 @@ def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 
-
+# %% ../../nbs/20_data.jobs.ipynb #0c1b4c41
 def _run_job(function: Callable[..., object], job: tuple) -> str:
     """Do a job, and return its error as a line."""
     try:
@@ -64,7 +64,7 @@ def convert_files(
     *,
     workers: int,  # number of processes; 0 or 1: this one
     description: str,  # stands before the bar
-    progress: bool = True,
+    progress: bool = True,  # whether to show a progress bar
 ) -> int:  # number of files converted
     """Make the missing targets; an error raises a `UserError` that names the source."""
     absent = set(missing_files([target for _, target in jobs]))
@@ -75,7 +75,7 @@ def convert_files(
 
 # %% ../../nbs/20_data.jobs.ipynb #cae30f4b
 def check_image(
-    path: Path,
+    path: Path,  # an image file
 ) -> None:
     """Refuse a file that is not a complete image."""
     try:
@@ -91,9 +91,9 @@ def check_files(
     check: Callable[..., None],  # raises `UserError` if something is wrong
     jobs: Iterable[tuple],  # arguments of each call; the first one is a file
     *,
-    workers: int,
-    description: str,
-    progress: bool = True,
+    workers: int,  # number of processes; 0 or 1: this one
+    description: str,  # stands before the bar
+    progress: bool = True,  # whether to show a progress bar
 ) -> None:
     """Check every file; the `UserError` gives the first problem in full and the number of all."""
     found = _find_problems(check, list(jobs), workers=workers, description=description, progress=progress)
@@ -102,14 +102,14 @@ def check_files(
         more = f" [and {len(problems) - 1:,} more: {others}{', …' if len(problems) > 5 else ''}]" if others else ""
         raise UserError(problems[0] + more)
 
-
+# %% ../../nbs/20_data.jobs.ipynb #366ade84
 def check_images(
-    paths: Iterable[Path],
+    paths: Iterable[Path],  # image files
     *,
-    workers: int,
-    progress: bool = True,
+    workers: int,  # number of processes; 0 or 1: this one
+    progress: bool = True,  # whether to show a progress bar
 ) -> None:
-    """Refuse files that are not complete images."""
+    """Refuse files that are not complete images with one `UserError`, see `check_files`."""
     check_files(
         check_image, [(path,) for path in paths], workers=workers, description="check images", progress=progress
     )

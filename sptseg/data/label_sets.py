@@ -27,7 +27,7 @@ def normal_name(
     "Normalise Unicode and blanks of a class name."
     return " ".join(unicodedata.normalize("NFC", name).split())
 
-
+# %% ../../nbs/10_data.label_sets.ipynb #e1028c8c
 def normal_names(
     names: Sequence[str],  # of all classes, as somebody typed them
 ) -> tuple[str, ...]:  # in the same order
@@ -113,7 +113,7 @@ def names_to_ids(
         raise UserError(f"{key}: {unknown} not among the {len(classes)} names of `classes`; correct the spelling")
     return tuple(classes.index(name) for name in names)
 
-
+# %% ../../nbs/10_data.label_sets.ipynb #594b7e8f
 def check_division(
     classes: Sequence[str],  # all C names, normalised
     seen: Sequence[str],  # names given as seen, normalised
@@ -141,7 +141,7 @@ def read_list(
         raise UserError(f"{key}: must be a list of names, found {wrong!r}; {remedy}")
     return items
 
-
+# %% ../../nbs/10_data.label_sets.ipynb #7d924f8a
 def read_classes(
     content: dict,  # a label set's YAML mapping; `classes` is a list of names, or maps numbers in the masks to names
 ) -> tuple[list[str], tuple[int, ...]]:  # names, and their numbers; no numbers: they are the ids
@@ -152,7 +152,7 @@ def read_classes(
         raise UserError(f"classes: {wrong} are not numbers; map the numbers in the masks to names, {{1: cat, 2: dog}}")
     return read_list({"classes": list(classes.values())}, "classes"), tuple(classes)
 
-
+# %% ../../nbs/10_data.label_sets.ipynb #00128be5
 def parse_label_set(
     content: dict,  # keys name, classes, unseen, templates, seen; only `classes` is required
     default_name: str,  # the name if `content` has none
@@ -210,7 +210,7 @@ def check_setting(
     if setting not in SETTINGS:
         raise UserError(f"setting: {setting!r} is unknown; use one of {', '.join(SETTINGS)}")
 
-
+# %% ../../nbs/10_data.label_sets.ipynb #693fc82d
 def blank_table(
     size: int,  # 256, or 65536 for labels of 16 bits
     num_classes: int,  # C, of the labels that go into the table
@@ -221,7 +221,7 @@ def blank_table(
     table[-1] = ignore
     return table
 
-
+# %% ../../nbs/10_data.label_sets.ipynb #4c8d6f7d
 def label_to_train_id(
     label_set: LabelSet,  # C classes, seen and unseen
     setting: str,  # "inductive", "transductive" or "supervised"
@@ -263,16 +263,16 @@ def fit_to_table(
         index = torch.where(index == 65535, 255, torch.where(index > 255, -1, index))
     return index
 
-
+# %% ../../nbs/10_data.label_sets.ipynb #7f85b8d6
 def translate(
     mask: Tensor,  # (...) uint8
     lookup: Tensor,  # (256,) uint8
 ) -> Tensor:  # (...) uint8
-    "Look bytes up in a table, ten times faster than by an index of PyTorch."
+    "Look bytes up in a table, much faster than by indexing in PyTorch."
     found = bytearray(mask.numpy().tobytes().translate(lookup.numpy().tobytes()))
     return torch.from_numpy(np.frombuffer(found, np.uint8).reshape(mask.shape))
 
-
+# %% ../../nbs/10_data.label_sets.ipynb #eef6b144
 def remap_labels(
     mask: Tensor,  # (...) uint8, or int32 for labels of 16 bits, as in the dataset
     lookup: Tensor,  # (256,) or (65536,), from `label_to_train_id` or `raw_lookup`

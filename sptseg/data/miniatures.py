@@ -26,7 +26,7 @@ def encode(
     array: np.ndarray,  # (H, W, 3) or (H, W) uint8
     kind: str = "png",  # "jpeg", "png" or "mat"
     palette: np.ndarray | None = None,  # (256, 3) uint8, the colours of a PNG mask
-) -> bytes:
+) -> bytes:  # content of the file
     """Return an image or a mask as the bytes of a file."""
     stream = io.BytesIO()
     if kind == "mat":
@@ -64,7 +64,7 @@ def write_archive(
 
 # %% ../../nbs/29_data.miniatures.ipynb #6f0c2d21
 def draw_stand_in(
-    seed: int,  # decides everything else
+    seed: int,  # determines the scene
     numbers: Mapping[str, int],  # number in the masks of each thing ("cat") and each ground ("grey wall")
     size: int = 128,  # side of the image, pixels
 ) -> tuple[np.ndarray, np.ndarray]:  # (H, H, 3) uint8 RGB; (H, H) uint8 mask
@@ -109,7 +109,7 @@ def write_cocostuff_archives(
         write_archive(root / f"{split}.zip", files)
     write_archive(root / COCO_MASK_ARCHIVE.name, {f"{name}.png": content for name, content in masks.items()})
 
-
+# %% ../../nbs/29_data.miniatures.ipynb #43a17978
 def write_context_archives(
     root: Path,  # folder of the archives
     lists: Mapping[str, Sequence[str]],  # names of "train" and "val"

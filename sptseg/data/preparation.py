@@ -26,19 +26,19 @@ from ..core import UserError, write_atomically
 
 # %% ../../nbs/21_data.preparation.ipynb #5f9ee0a9
 def missing_files(
-    paths: Iterable[Path],
-) -> list[Path]:  # those that do not exist
+    paths: Iterable[Path],  # files that should exist
+) -> list[Path]:  # those that do not exist, in the same order
     """Return the absent files; every folder is listed once, which is much faster than asking for each file."""
     paths = list(paths)
-    splits = [os.path.split(path) for path in paths]  # strings: quicker than paths, where there are 118,287
+    splits = [os.path.split(path) for path in paths]  # strings are faster than paths
     folders = {folder: folder or "." for folder, _ in splits}
     listings = {key: set(os.listdir(folder)) if os.path.isdir(folder) else () for key, folder in folders.items()}
     return [path for path, (folder, name) in zip(paths, splits, strict=True) if name not in listings[folder]]
 
-
+# %% ../../nbs/21_data.preparation.ipynb #e4d3448e
 def write_names(
     path: Path,  # a text file; its folder is made if needed
-    names: Sequence[str],
+    names: Sequence[str],  # of the images
 ) -> Path:  # `path`
     """Write the list of a split, atomically."""
     text = "".join(f"{name}\n" for name in names)
@@ -54,7 +54,7 @@ class Archive:
     digest: str | None  # "md5:…" or "sha256:…"; None: none was published
     about: str  # its content, in a phrase
 
-
+# %% ../../nbs/21_data.preparation.ipynb #e9b9d555
 @lru_cache
 def _file_hash(path: Path, algorithm: str, size: int, modified: int) -> str:
     """Compute a checksum, once per state of a file."""
@@ -116,11 +116,11 @@ def _fetch(archive: Archive, path: Path, *, progress: bool = True) -> None:
 
 # %% ../../nbs/21_data.preparation.ipynb #b26937c3
 def find_archive(
-    archive: Archive,
+    archive: Archive,  # the wanted file
     root: Path,  # the dataset's folder; archives lie there or in its folder "archives"
     *,
     download: bool,  # fetch it if it is not there
-    progress: bool = True,
+    progress: bool = True,  # whether to show a progress bar
 ) -> Path:  # a file whose checksum is right, if one was published
     """Find and check an archive, downloading it if necessary; raises `UserError` if it cannot be had."""
     places = [Path(root, archive.name), Path(root, "archives", archive.name)]
@@ -160,7 +160,7 @@ def _tar_members(file) -> Iterator[_Member]:
         while tar.fileobj.read(1 << 20):
             pass
 
-
+# %% ../../nbs/21_data.preparation.ipynb #2a2f9789
 def _zip_members(file) -> Iterator[_Member]:
     """Iterate over a zip archive; a truncated one raises `BadZipFile`."""
     with zipfile.ZipFile(file) as archive:
@@ -179,7 +179,7 @@ def _safe_path(name: str, folder: Path, archive: Path) -> Path:
         raise UserError(f"{archive}: {name!r} leads out of {folder}; {remedy}")
     return path
 
-
+# %% ../../nbs/21_data.preparation.ipynb #48f49693
 def _find_target(item: tarfile.TarInfo, folder: Path, place: Callable[[str], str | None], archive: Path) -> Path | None:
     """Map a member to a path below `folder`; raises `UserError` for unsafe members."""
     _safe_path(item.name, folder, archive)
@@ -228,7 +228,7 @@ def unpack(
     folder: Path,  # nothing is written outside
     *,
     place: Callable[[str], str | None],  # a member's name → path below `folder`, or None: not wanted
-    progress: bool = True,
+    progress: bool = True,  # whether to show a progress bar
 ) -> int:  # number of files written; those already there do not count
     """Unpack the missing files of an archive; raises `UserError` on damage and on unsafe members."""
     archive, folder, found, written = Path(archive), Path(folder), 0, 0
@@ -253,8 +253,8 @@ def provide_files(
     folder: Path,  # see `unpack`
     *,
     place: Callable[[str], str | None],  # see `unpack`
-    download: bool,
-    progress: bool = True,
+    download: bool,  # fetch the archive if it is needed and not there
+    progress: bool = True,  # whether to show progress bars
 ) -> int:  # number of files written
     """Unpack an archive if any of its files is missing; raises `UserError` if the archive lacks it."""
     if not (missing := missing_files(files)):
@@ -272,12 +272,12 @@ def provide_files(
 # %% ../../nbs/21_data.preparation.ipynb #46ea6f12
 def check_count(
     what: str,  # for instance "training images"
-    found: int,
-    expected: int,
+    found: int,  # number of files
+    expected: int,  # published number of files
     *,
-    partial: bool,  # accept fewer
-    remedy: str,
+    partial: bool,  # accept fewer files, but not none
+    remedy: str,  # end of the message
 ) -> None:
-    """Refuse a wrong number of files."""
+    """Refuse a wrong number of files with a `UserError`."""
     if found != expected and not (partial and 0 < found < expected):
         raise UserError(f"{what}: found {found:,}, expected {expected:,}; {remedy}")

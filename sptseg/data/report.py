@@ -65,7 +65,7 @@ def name_places(
     mask: np.ndarray,  # (H, W) class ids
     num_classes: int,  # C
     least: float = 0.015,  # share of the image that a class must cover
-) -> dict[int, tuple[int, int]]:  # class id → (row, column), furthest inside its region
+) -> dict[int, tuple[int, int]]:  # class id → (row, column), farthest inside its region
     """Find a place for the name of every class of a label map."""
     ids, counts = np.unique(mask, return_counts=True)
     places = {}
@@ -74,7 +74,7 @@ def name_places(
         places[c] = tuple(int(i) for i in np.unravel_index(depth.argmax(), mask.shape))
     return places
 
-
+# %% ../../nbs/17_data.report.ipynb #8a28d9d4
 def outlined(
     image: np.ndarray,  # (H, W, 3) uint8
     mask: np.ndarray,  # (H, W) class ids, `ignore_label` where there is none
@@ -140,7 +140,7 @@ def show_sizes(
     label = f"{width[0]}×{height[0]}: {times[0] / times.sum():.0%}"
     axis.annotate(label, sizes[0][0], xytext=(0, 7), textcoords="offset points", fontsize=6, ha="right")
 
-
+# %% ../../nbs/17_data.report.ipynb #9c3c8145
 def show_ignored(
     axis: Axes,
     found: Survey,

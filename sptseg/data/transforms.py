@@ -65,7 +65,7 @@ def rescaled_size(
     factor = min(scale[1] / max(size), scale[0] / min(size))
     return max(1, int(size[0] * factor + 0.5)), max(1, int(size[1] * factor + 0.5))
 
-
+# %% ../../nbs/11_data.transforms.ipynb #1230885c
 def random_size(
     size: tuple[int, int],  # (height, width) of the image
     image_scale: tuple[int, int],  # (short, long) at ratio 1
@@ -86,7 +86,7 @@ def resize_image(
         return image
     return to_tensor(cv2.resize(to_array(image), size[::-1], interpolation=cv2.INTER_LINEAR))
 
-
+# %% ../../nbs/11_data.transforms.ipynb #7fb0994d
 def resize_mask(
     mask: Tensor,  # (H, W) uint8 or int32
     size: tuple[int, int],  # (height, width)
@@ -94,7 +94,7 @@ def resize_mask(
     "Resize by nearest neighbour; no new labels appear."
     return to_tensor(cv2.resize(to_array(mask), size[::-1], interpolation=cv2.INTER_NEAREST))
 
-
+# %% ../../nbs/11_data.transforms.ipynb #152c7034
 def flip(
     values: Tensor,  # (3, H, W) image or (H, W) mask
 ) -> Tensor:  # same shape
@@ -117,13 +117,13 @@ def normalise(
         out.copy_(torch.from_numpy(channel)).sub_(m).div_(s)
     return result
 
-
+# %% ../../nbs/11_data.transforms.ipynb #569756e9
 def pad_to(
     values: Tensor,  # (..., h, w) image or mask
     size: int,  # side of the square to fill
     fill: float,  # value of the new pixels
 ) -> Tensor:  # (..., size, size) where h and w were not larger
-    "Add pixels at the right and at the bottom."
+    "Add pixels at the right and at the bottom; sides of `size` or more stay as they are."
     height, width = values.shape[-2:]
     right, bottom = max(size - width, 0), max(size - height, 0)
     return torch.nn.functional.pad(values, (0, right, 0, bottom), value=fill) if right or bottom else values
@@ -156,9 +156,9 @@ class TrainTransform:
     def __call__(
         self,
         image: Tensor,  # (3, H, W) uint8, RGB
-        mask: Tensor,  # (H, W) uint8, labels already remapped for training
+        mask: Tensor,  # (H, W) uint8 or int32, labels already remapped for training
         generator: Generator,  # the source of all draws
-    ) -> tuple[Tensor, Tensor]:  # (3, c, c) float32 and (c, c) uint8
+    ) -> tuple[Tensor, Tensor]:  # (3, c, c) float32; (c, c), type of the mask; c: `crop_size`
         image, mask = self.cut(image, mask, generator)
         if self.photometric:
             image = change_colours(image, draw_colours(generator))
@@ -173,7 +173,6 @@ class EvalTransform:
     short_side: int = 512  # pixels
     mean: tuple[float, float, float] = IMAGENET_MEAN  # per channel, 0..255
     std: tuple[float, float, float] = IMAGENET_STD  # per channel, 0..255
-    __test__ = False  # not a test case, whatever pytest may think of the name
 
     def __call__(
         self,

@@ -67,15 +67,15 @@ def read_sbd_mask(
 
 # %% ../../nbs/23_data.voc.ipynb #d80d64f1
 def write_voc_mask(
-    path: Path,
-    mask: np.ndarray,  # (H, W) uint8
+    path: Path,  # .png file to write
+    mask: np.ndarray,  # (H, W) uint8 class numbers
 ) -> None:
     """Write class numbers as a PNG with VOC's palette."""
     image = Image.fromarray(mask)
     image.putpalette(voc_palette().tobytes())
     write_atomically(path, lambda temporary: image.save(temporary, "PNG"), flush=False)
 
-
+# %% ../../nbs/23_data.voc.ipynb #6494c10f
 def convert_sbd_mask(
     source: Path,  # .mat
     target: Path,  # .png
@@ -85,14 +85,14 @@ def convert_sbd_mask(
 
 # %% ../../nbs/23_data.voc.ipynb #58081e48
 def voc_folder(
-    root: str | Path,
+    root: str | Path,  # the dataset's folder
 ) -> Path:  # the folder that holds (or will hold) JPEGImages, SegmentationClass, …
-    """Find VOC2012."""
+    """Find the folder VOC2012."""
     root = Path(root)
     places = [root / "VOC2012", root / "VOCdevkit" / "VOC2012", root]
     return next((place for place in places if (place / "ImageSets" / "Segmentation").is_dir()), places[0])
 
-
+# %% ../../nbs/23_data.voc.ipynb #a2de5850
 def list_file(
     base: Path,  # VOC2012
     split: str,  # "train", "aug", "trainaug" or "val"
@@ -100,10 +100,10 @@ def list_file(
     """Return the path of a split's list."""
     return base / "ImageSets" / "Segmentation" / f"{split}.txt"
 
-
+# %% ../../nbs/23_data.voc.ipynb #0913236b
 def voc_files(
     base: Path,  # VOC2012
-    names: Sequence[str],
+    names: Sequence[str],  # of the images
     masks: str,  # folder of the masks
 ) -> list[tuple[Path, Path]]:  # image, mask
     """Return the files of some images."""
@@ -118,7 +118,7 @@ def place_voc(
     wanted = ("JPEGImages/", "SegmentationClass/", "ImageSets/Segmentation/")
     return path if path != name and path.startswith(wanted) else None
 
-
+# %% ../../nbs/23_data.voc.ipynb #779d3979
 def place_sbd(
     name: str,  # of a member of SBD's archive
 ) -> str | None:  # relative to SBD's folder "dataset"
@@ -126,9 +126,9 @@ def place_sbd(
     path = name.removeprefix("benchmark_RELEASE/dataset/")
     return path if path in ("train.txt", "val.txt") or (path != name and path.startswith("cls/")) else None
 
-
+# %% ../../nbs/23_data.voc.ipynb #26174ec5
 def sbd_folder(
-    root: Path,
+    root: Path,  # the dataset's folder
 ) -> Path:  # the folder that holds (or will hold) train.txt, val.txt and cls
     """Find SBD's folder "dataset", wherever the usual instructions put it."""
     names = ["benchmark_RELEASE/dataset", "VOCaug/dataset", "VOCdevkit/VOCaug/dataset", "../VOCaug/dataset"]
@@ -136,8 +136,8 @@ def sbd_folder(
 
 # %% ../../nbs/23_data.voc.ipynb #5c492305
 def provide_voc(
-    root: Path,
-    voc: Archive,
+    root: Path,  # the dataset's folder
+    voc: Archive,  # VOC's archive
     provide: Callable[..., int],  # `provide_files`, with its options
 ) -> dict[str, list[str]]:  # "train" and "val": names
     """Make VOC's lists, and the images and masks of these lists, exist."""
@@ -153,11 +153,11 @@ def aug_names(
     sbd: Path,  # SBD's folder "dataset"
     voc: dict[str, list[str]],  # "train" and "val": VOC's names
 ) -> list[str]:  # sorted
-    """Images of SBD that are in neither list of VOC."""
+    """Return the images of SBD that are in neither list of VOC."""
     named = {*read_names(sbd / "train.txt"), *read_names(sbd / "val.txt")}
     return sorted(named.difference(voc["train"], voc["val"]))
 
-
+# %% ../../nbs/23_data.voc.ipynb #f2e4e65e
 def aug_list(
     base: Path,  # VOC2012
 ) -> Path:  # aug.txt, or trainaug.txt where that one exists alone
@@ -165,7 +165,7 @@ def aug_list(
     aug, union = list_file(base, "aug"), list_file(base, "trainaug")
     return union if union.is_file() and not aug.is_file() else aug
 
-
+# %% ../../nbs/23_data.voc.ipynb #777cc0d1
 def read_split(
     base: Path,  # VOC2012
     split: str,  # "train", "aug" or "val"
@@ -182,10 +182,10 @@ def read_split(
         raise UserError(f"{file}: adds no name to train.txt; {remedy}")
     return sorted(names - train)
 
-
+# %% ../../nbs/23_data.voc.ipynb #16dc4c98
 def provide_aug_list(
-    root: Path,
-    sbd: Archive,
+    root: Path,  # the dataset's folder
+    sbd: Archive,  # SBD's archive
     voc: dict[str, list[str]],  # "train" and "val": VOC's names
     provide: Callable[..., int],  # `provide_files`, with its options
 ) -> list[str]:  # sorted
@@ -198,13 +198,13 @@ def provide_aug_list(
 
 # %% ../../nbs/23_data.voc.ipynb #456ed1e1
 def provide_aug(
-    root: Path,
+    root: Path,  # the dataset's folder
     archives: tuple[Archive, Archive],  # VOC, SBD
     names: Sequence[str],  # of aug
     provide: Callable[..., int],  # `provide_files`, with its options
     *,
-    workers: int,
-    progress: bool = True,
+    workers: int,  # processes that convert; 0 or 1: this one
+    progress: bool = True,  # whether to show progress bars
 ) -> int:  # number of masks converted
     """Make the images and masks of aug exist."""
     base, folder, (voc, sbd) = voc_folder(root), sbd_folder(root), archives
@@ -225,7 +225,7 @@ def provide_aug(
 def check_disjoint(
     base: Path,  # VOC2012
     names: dict[str, Sequence[str]],  # of some of the lists "train", "aug" and "val"
-    remedy: str,
+    remedy: str,  # end of the message
 ) -> None:
     """Refuse lists that share a name."""
     for first, second in [("aug", "val"), ("train", "val"), ("train", "aug")]:
@@ -233,7 +233,7 @@ def check_disjoint(
             file = aug_list(base) if "aug" in (first, second) else list_file(base, second)
             raise UserError(f"{file}: {both[0]} is in both {first} and {second} ({len(both):,} such names); {remedy}")
 
-
+# %% ../../nbs/23_data.voc.ipynb #b6c8825a
 def check_lists(
     base: Path,  # VOC2012
     names: dict[str, Sequence[str]],  # "train", "aug", "val"
@@ -251,15 +251,15 @@ def check_lists(
 # %% ../../nbs/23_data.voc.ipynb #6211fd2a
 @functools.lru_cache
 def voc_lookup() -> Tensor:  # (256,) uint8
-    """Class id of each number in a mask file: 0 → 255 (background is no class), k → k − 1, 255 → 255."""
+    """Return the class id of each number in a mask file: 0 → 255 (background is no class), k → k − 1, 255 → 255."""
     return raw_lookup(load_label_set("voc"))
 
-
+# %% ../../nbs/23_data.voc.ipynb #85fcf46a
 def check_voc_sample(
-    image: Path,
-    mask: Path,
+    image: Path,  # a JPEG file
+    mask: Path,  # its PNG file
 ) -> None:
-    """Read a sample; an error in it raises `UserError`."""
+    """Read a sample; a broken file, another size or a number that is no class raises `UserError`."""
     FileSamples(images=[image], masks=[mask], lookup=voc_lookup())[0]
 
 # %% ../../nbs/23_data.voc.ipynb #59e780ee
@@ -309,7 +309,7 @@ def prepare_voc(
     download: bool = False,  # fetch missing archives
     partial: bool = False,  # accept a part of the dataset: archives are not the published ones, lists are shorter
     workers: int = 0,  # processes that convert and check; 0: only this one
-    progress: bool = True,
+    progress: bool = True,  # whether to show progress bars
 ) -> dict[str, int]:  # number of images of "train", "aug", "trainaug" and "val"
     """Make a folder complete and check it; missing or invalid files raise `UserError`."""
     root, parallel = Path(root), dict(workers=workers, progress=progress)

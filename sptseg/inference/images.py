@@ -52,7 +52,7 @@ def image_from_tensor(
 def image_from_pil(
     image: Image.Image,  # of any mode; it stays unchanged
     name: str = "image",  # for the message
-) -> Tensor:  # (3, H, W) uint8, RGB; turned as its EXIF note says
+) -> Tensor:  # (3, H, W) uint8, RGB; rotated by its EXIF orientation
     """Turn a PIL image into an image; floating-point pixels raise `UserError`."""
     if 0 in image.size:
         raise UserError(f"{name}: has no pixels; pass another image")
