@@ -151,7 +151,7 @@ def test_bad_paths_are_refused(photos, tmp_path, capsys):
     assert "not written by sptseg" in refusal(capsys, "predict", glyph_clip, photos, "--out", out)
     out.mkdir()
     (out / "scene-1.png").write_bytes((photos / "scene-2.png").read_bytes())
-    assert "no result of sptseg" in refusal(capsys, *common, photos, "--out", out, "--quiet")
+    assert "was not written by sptseg" in refusal(capsys, *common, photos, "--out", out, "--quiet")
     assert str(photos / "scene-1.png") in refusal(capsys, *common, photos, "--out", photos / "scene-1.png", "--quiet")
 
 

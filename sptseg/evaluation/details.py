@@ -22,9 +22,6 @@ from ..inference.results import save_mask
 from ..plots import drawn_name, show_segmentations
 
 # %% ../../nbs/54_evaluation.details.ipynb #1ac0d55d
-NAMED = 40  # most classes whose names fit beside the figure
-
-
 def confusion_table(
     counts: np.ndarray,  # (C, C) pixels; rows are labels, columns predictions
     classes: tuple[str, ...],  # C names
@@ -33,6 +30,9 @@ def confusion_table(
     with np.errstate(invalid="ignore"):
         shares = 100 * counts / counts.sum(1, keepdims=True)
     return pd.DataFrame(shares, index=pd.Index(classes, name="label"), columns=pd.Index(classes, name="prediction"))
+
+# %% ../../nbs/54_evaluation.details.ipynb #e09a39d3
+NAMED = 40  # largest number of classes whose names fit beside the figure
 
 
 def plot_confusion(

@@ -29,7 +29,7 @@ def class_iou(
     intersection = matrix.diagonal()
     return intersection / (matrix.sum(0) + matrix.sum(1) - intersection)
 
-
+# %% ../../nbs/52_evaluation.metrics.ipynb #82559dcd
 def pixel_accuracy(
     matrix: Tensor,  # (C, C) counts; rows are labels, columns predictions
 ) -> float:  # in 0..1; NaN if no pixel was counted
@@ -102,7 +102,7 @@ def check_ids(
     count: int,  # C
     what: str,  # "label" or "prediction", for the message
 ) -> None:
-    "Refuse ids outside 0..C-1."
+    "Refuse ids outside 0..C-1 with a `UserError`."
     low, high = (int(bound) for bound in values.aminmax()) if values.numel() else (0, 0)
     if low < 0 or high >= count:
         wrong = low if low < 0 else high
@@ -113,7 +113,7 @@ def check_ids(
 # %% ../../nbs/52_evaluation.metrics.ipynb #49a7782c
 @contextmanager
 def counting_as_usual() -> Iterator[None]:
-    "Temporarily allow nondeterministic operations."
+    "Allow nondeterministic operations inside the block."
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
     try:
@@ -121,7 +121,7 @@ def counting_as_usual() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
-
+# %% ../../nbs/52_evaluation.metrics.ipynb #4cfc4253
 class SegmentationMetrics:
     "Accumulates counts over a test set and computes `Scores`."
 
@@ -147,8 +147,8 @@ class SegmentationMetrics:
         with counting_as_usual():
             self.confusion.to(label.device).update(prediction, label)
 
-    def compute(self) -> Scores:  # over everything counted so far, by all processes
-        "The results."
+    def compute(self) -> Scores:  # of all processes together
+        "The metrics of everything counted so far."
         count = len(self.label_set.classes)
         matrix = self.confusion.compute().view(count, count)  # torchmetrics drops the axes of a single class
         return scores_from_matrix(matrix, self.label_set)
@@ -164,7 +164,7 @@ def mean_spread(
         statistics.stdev(known) if len(known) > 1 else math.nan,
     )
 
-
+# %% ../../nbs/52_evaluation.metrics.ipynb #518fcc40
 def spread_text(
     mean: float,  # percent
     spread: float,  # standard deviation; NaN for a single run

@@ -16,13 +16,13 @@ from ..models.clip import DOWNLOAD_ERRORS
 from ..models.segmenter import FileNotes, save_segmenter
 
 # %% ../../nbs/51_inference.hub.ipynb #43a10004
-CARD_METRICS = ("pAcc", "mIoU(S)", "mIoU(U)", "hIoU")  # of a card, in percent
+CARD_METRICS = ("pAcc", "mIoU(S)", "mIoU(U)", "hIoU")  # shown on a card, in percent
 
 
 def card_data(
     notes: FileNotes,
 ) -> ModelCardData:  # the card's machine-readable head
-    """Describe a model in the fields that the Hub knows."""
+    """Describe a model in the fields that the Hub reads."""
     dataset = {"task_type": "image-segmentation", "dataset_type": notes.dataset, "dataset_name": notes.dataset}
     found = {name: value for name in CARD_METRICS if (value := notes.metrics.get(name)) is not None}
     return ModelCardData(
@@ -34,7 +34,7 @@ def card_data(
         eval_results=[EvalResult(metric_type=name, metric_value=value, **dataset) for name, value in found.items()],
     )
 
-
+# %% ../../nbs/51_inference.hub.ipynb #2ffc787f
 def model_card(
     notes: FileNotes,
     repo_id: str = "organisation/name",  # where the model will be found
@@ -67,7 +67,7 @@ def download_model(
         reason = " ".join(str(error).split()).split(". ")[0][:160]
         raise UserError(f"{repo_id}: no folder here, and not found on the Hub ({reason}); check the name") from None
 
-
+# %% ../../nbs/51_inference.hub.ipynb #46d5583f
 class HubModel(ModelHubMixin):
     """A model that is stored as a folder with weights, configuration and card."""
 

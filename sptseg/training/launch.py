@@ -45,7 +45,7 @@ def enter(function: Callable, arguments: tuple, threads: int) -> Any:  # the ent
 def error_of(
     failed: ChildFailedError,  # raised by the launcher
 ) -> Exception:  # to raise instead
-    """The error of the process that failed first."""
+    """Return the error of the process that failed first."""
     rank, failure = failed.get_first_failure()
     details = failure.error_file_data["message"]
     if not isinstance(details, dict):  # it was killed
@@ -55,7 +55,7 @@ def error_of(
         return UserError(text)
     return RuntimeError(f"process {rank}: {details['message']}\n{details['extraInfo']['py_callstack']}")
 
-
+# %% ../../nbs/59_training.launch.ipynb #f7ff223b
 @contextmanager
 def signals_kept() -> Iterator[None]:
     """Restore the signal handlers that the launcher replaces, and raise KeyboardInterrupt on Ctrl-C."""
@@ -78,7 +78,7 @@ def run_in_processes(
     arguments: tuple,  # of the function, the same for all processes
     processes: int,
 ) -> Any:  # what the function returned in the first process
-    """Run a function in several processes of this computer."""
+    """Run a function in several processes of this computer; an error in one of them ends all and is raised here."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # errors are raised, not logged
     threads = max(1, torch.get_num_threads() // processes)
     with tempfile.TemporaryDirectory() as logs, signals_kept():

@@ -48,13 +48,13 @@ def proposal_loss(
     present: Tensor,  # (B, C), see `present_classes`
     **options,  # of `segmentation_loss`
 ) -> dict[str, Tensor]:  # see `segmentation_loss`
-    """Compare every segment of the label with the proposal that fits best."""
+    """Compare every segment of the label with the proposal assigned to it."""
     weights = {"focal_weight": options["focal_weight"], "dice_weight": options["auxiliary_weight"]}
     queries = query_label(logits, label, present.shape[1], **weights)
     full = F.interpolate(logits.float(), label.shape[-2:], mode="bilinear", align_corners=False)
     return segmentation_loss(free_queries(full, queries), queries, **options)
 
-
+# %% ../../nbs/58_training.losses.ipynb #e2cc5964
 OBJECTIVES = {
     "masks": segmentation_loss,
     "pixels": lambda logits, label, **options: {"cross-entropy": pixel_loss(logits, label)},
@@ -69,7 +69,7 @@ def training_loss(
     recovery_weight: float = 1.0,  # of the decoder's own losses
     **options,  # of `segmentation_loss`
 ) -> dict[str, Tensor]:  # weighted scalars by name, and their sum "loss"
-    """Sum the losses of all masks that a decoder wants to be compared with the label, and its own losses."""
+    """Sum the losses of all masks that a decoder compares with the label, and its own losses."""
     terms, compare = {}, OBJECTIVES[outputs.objective]
     for prefix, masks in outputs.supervised.items():
         found = compare(masks, label, **options)

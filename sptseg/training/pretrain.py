@@ -76,13 +76,13 @@ CONTEXT_LENGTH = 48  # tokens; the longest captions of four things on two ground
 def tokenize(
     texts: Sequence[str],  # captions
 ) -> Tensor:  # (n, L) token ids, L as long as the longest caption needs
-    """open_clip's tokenizer, with the padding cut to the longest caption."""
+    """Tokenize captions with open_clip's tokenizer, and cut the padding to the longest one."""
     ids = open_clip.get_tokenizer("ViT-B-32", context_length=CONTEXT_LENGTH)(list(texts))
     return ids[:, : int((ids != 0).sum(1).max())]
 
 # %% ../../nbs/67_training.pretrain.ipynb #8ce9d892
 def caption_tokens() -> Tensor:  # (V,) ids in rising order, padding (0) included
-    """All tokens that occur in captions of Glyph Scenes."""
+    """List all tokens that occur in captions of Glyph Scenes."""
     alone = [wording.format(name) for wording in WORDINGS for name in NAMES]
     listed = [caption(THING_NAMES[:3], GROUND_NAMES[:2], wording) for wording in WORDINGS]
     return tokenize(alone + listed).unique()
@@ -249,7 +249,7 @@ def stage_path(
     origin = json.dumps([config, seed, [stage.model_dump() for stage in stages]], sort_keys=True)
     return Path(folder, f"stage{len(stages)}-{hashlib.sha256(origin.encode()).hexdigest()[:16]}.safetensors")
 
-
+# %% ../../nbs/67_training.pretrain.ipynb #2cc40c5f
 def save_stage(
     path: Path,  # from `stage_path`
     clip: open_clip.CLIP,  # with a reduced vocabulary
@@ -261,13 +261,13 @@ def save_stage(
     tensors = {name: tensor.contiguous() for name, tensor in clip.state_dict().items()}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, notes))
 
-
+# %% ../../nbs/67_training.pretrain.ipynb #20955d1b
 def load_stage(
     path: Path,  # from `stage_path`
     clip: open_clip.CLIP,  # with a reduced vocabulary; changed in place
     rng: np.random.Generator,  # changed in place
 ) -> dict | None:  # the report; None if the file does not exist
-    """Go on behind a stage that an earlier run has finished."""
+    """Restore the state after a stage that an earlier run has finished."""
     if not path.exists():
         return None
     with safe_open(path, "pt") as file:

@@ -48,15 +48,16 @@ def initial_segmenter(
         return build_segmenter(clip.visual, config)
     found = read_notes(recipe.init_from).clip_sha256
     if found not in (None, clip.weights_hash):
-        raise UserError(f"init_from: {recipe.init_from} was trained with other weights of clip; use those, or others")
+        remedy = "set clip_weights to those, or choose another file"
+        raise UserError(f"init_from: {recipe.init_from} was trained with other weights of clip; {remedy}")
     return load_segmenter(recipe.init_from, clip.visual, clip=recipe.clip, expected=config)
 
-
+# %% ../../nbs/62_training.run.ipynb #b87de183
 def make_optimizer(
     model: Segmenter,
     recipe: Recipe,
 ) -> torch.optim.AdamW:
-    """AdamW over all trained tensors, with one learning rate and weight decay unless the recipe says otherwise."""
+    """AdamW over all trained tensors, with one learning rate and weight decay except where the recipe sets others."""
     trained, special = model.trained_tensors(), {}
     if recipe.decay_mixing is False:
         special["decoder.mixing"] = {"weight_decay": 0.0}
@@ -71,7 +72,7 @@ def make_optimizer(
 def peak_memory(
     device: torch.device,
 ) -> int:  # bytes
-    """The largest memory use so far: of an NVIDIA GPU, or of this process otherwise."""
+    """Return the largest memory use so far: of an NVIDIA GPU, otherwise of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # does not exist on Windows
@@ -79,7 +80,7 @@ def peak_memory(
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
-
+# %% ../../nbs/62_training.run.ipynb #308b10f9
 class Run:
     """The state of one training run in one process."""
 
@@ -98,27 +99,28 @@ class Run:
         with accelerator.local_main_process_first():  # CLIP may have to be downloaded
             self.benchmark, clip, text = load_parts(recipe)
         self.text, self.clip_sha256 = text.to(accelerator.device), clip.weights_hash
-        torch.manual_seed(recipe.seed)
-        resumed = bool(checkpoints(out))
-        self.segmenter = (
-            build_segmenter(clip.visual, recipe.segmenter_config()) if resumed else initial_segmenter(recipe, clip)
-        )
-        self.segmenter.encoder.checkpointing = recipe.gradient_checkpointing
-        if accelerator.device.type == "cpu":
-            pack(self.segmenter.encoder, chosen_library(out))
-        optimizer = make_optimizer(self.segmenter, recipe)
-        source = out if resumed or not recipe.continue_from else Path(recipe.continue_from)
-        self.done, self.history = load_checkpoint(source, self.segmenter, optimizer)
-        accelerator.wait_for_everyone()  # nobody writes a checkpoint before all have read theirs
-        self.model, self.optimizer = accelerator.prepare(self.segmenter, optimizer)
-        self.clock, self.first = (
-            time.monotonic(),
-            self.done,
-        )  # when the losses were last read; where this process begins
+        self.load_state(clip)
+        self.first = self.done  # iterations done when this process began
+        self.clock = time.monotonic()  # when the losses were last read
         self.loader_clock = LoaderClock(accelerator.device)
         self.unread, self.unlogged = [], []  # losses on the device, and those that the tracker has not seen
         if recipe.live_start and recipe.init_from is None and not self.done:
             self.turn_dead_tokens()
+
+    def load_state(self, clip: ClipModel) -> None:  # model, optimizer and history, from a checkpoint if there is one
+        recipe, accelerator = self.recipe, self.accelerator
+        torch.manual_seed(recipe.seed)
+        resumed = bool(checkpoints(self.out))
+        config = recipe.segmenter_config()
+        self.segmenter = build_segmenter(clip.visual, config) if resumed else initial_segmenter(recipe, clip)
+        self.segmenter.encoder.checkpointing = recipe.gradient_checkpointing
+        if accelerator.device.type == "cpu":
+            pack(self.segmenter.encoder, chosen_library(self.out))
+        optimizer = make_optimizer(self.segmenter, recipe)
+        source = self.out if resumed or not recipe.continue_from else Path(recipe.continue_from)
+        self.done, self.history = load_checkpoint(source, self.segmenter, optimizer)
+        accelerator.wait_for_everyone()  # nobody writes a checkpoint before all have read theirs
+        self.model, self.optimizer = accelerator.prepare(self.segmenter, optimizer)
 
     def turn_dead_tokens(self) -> None:  # see `sptseg.training.dead_start`; before the first iteration
         if not selections(self.segmenter):
@@ -210,13 +212,13 @@ def read_losses(
     run.history["train"] += rows
     run.unlogged += rows
 
-
+# %% ../../nbs/62_training.run.ipynb #e10df607
 def step(
     run: Run,
     batch: Batch,
     setting: str,  # of the phase
 ) -> None:
-    """One iteration."""
+    """Perform one iteration: gradients, learning rate, optimizer step."""
     with dead_start_check(run.segmenter, run.done, run.first, run.recipe.seed, run.average):
         values = compute_gradients(run, batch, setting)
     with run.uninterrupted():
@@ -232,7 +234,7 @@ def step(
 def save_state(
     run: Run,
 ) -> None:
-    """Write a checkpoint, in one process of several."""
+    """Write a checkpoint in the first of several processes."""
     if run.accelerator.is_main_process:
         write_state(run)
 
@@ -240,7 +242,7 @@ def save_state(
 def write_state(
     run: Run,
 ) -> None:
-    """Write a checkpoint, in whichever process calls it; all of them hold the same state."""
+    """Write a checkpoint in the process that calls this function."""
     read_losses(run)
     tensors, keep = run.segmenter.stored_tensors(), run.recipe.keep_checkpoints
     save_checkpoint(run.out, run.done, tensors, run.optimizer, run.history, keep)
@@ -250,7 +252,7 @@ def write_state(
 def saved_on_error(
     run: Run,
 ) -> Iterator[None]:
-    """Save the iterations done so far if the block fails; a `UserError` says so."""
+    """Save the iterations done so far if the block fails; the message of a `UserError` then says so."""
     try:
         yield
     except Exception as error:
@@ -267,13 +269,13 @@ def saved_on_error(
         saved = f"iteration {run.done} of {run.recipe.iterations} is saved in {run.out}"
         raise UserError(f"{error}; {saved}") from None
 
-
+# %% ../../nbs/62_training.run.ipynb #acae6c38
 def training_batches(
     run: Run,
     setting: str,  # of the phase
     **part,  # of `BatchSampler`: first, last
 ) -> Iterator[Batch]:
-    """Batches of this process; an image that cannot be read does not cost the iterations before it."""
+    """Load the batches of this process; if an image cannot be read, the iterations before it are saved."""
     device = run.accelerator.device
     loader = train_loader(run.benchmark, run.recipe, setting, device, **part, **run.share)
     classes = None if setting == "transductive" else len(train_class_ids(run.benchmark.labels, setting))

@@ -26,7 +26,7 @@ from .loop import train
 def runs_at_once(
     recipes: Sequence[Recipe],
 ) -> int:  # 1 or more
-    """How many of some runs fit on this computer at the same time."""
+    """Compute how many of these runs fit on this computer at the same time."""
     if any(recipe.n_proc > 1 or choose_device(recipe.device).type != "cpu" for recipe in recipes):
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -60,8 +60,8 @@ def train_and_send(
 def started(
     runs: Sequence[tuple[Recipe, Path]],
     progress: bool,
-) -> Iterator[dict[Connection, int]]:  # numbers of the runs by connection; the block removes those that are done
-    """Start processes; those that still run at the end of the block are asked to save and stop."""
+) -> Iterator[dict[Connection, int]]:  # numbers of the runs by connection; the block removes finished ones
+    """Start processes; those still running at the end of the block are asked to save and stop."""
     spawn, processes, active = get_context("spawn"), [], {}
     try:
         for number, run in enumerate(runs):
@@ -79,7 +79,7 @@ def started(
         for process in processes:
             process.join()
 
-
+# %% ../../nbs/66_training.side_by_side.ipynb #46e07b5f
 def train_side_by_side(
     runs: Sequence[tuple[Recipe, Path]],  # recipes and folders
     progress: bool = True,  # whether to show progress
