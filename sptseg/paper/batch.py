@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLAN', 'file_sums', 'sums_agree', 'read_seeds', 'run_folder', 'set_aside', 'lock_batch', 'visible_gpus', 'leased_gpu',
-           'write_plan', 'progress', 'readable_time', 'say', 'gpu_environment', 'run_reported', 'run_row', 'main']
+           'write_plan', 'readable_time', 'progress', 'say', 'gpu_environment', 'run_reported', 'run_row', 'main']
 
 # %% ../../nbs/88_paper.batch.ipynb #79cbc1cf
 import hashlib
@@ -33,7 +33,7 @@ def file_sums(
     lines = [f"{hashlib.sha256(Path(path).read_bytes()).hexdigest()}  {path}\n" for path in paths]
     return "".join(lines)
 
-
+# %% ../../nbs/88_paper.batch.ipynb #fed0e075
 def sums_agree(
     path: str | Path,  # a list of sums
     inputs: Iterable[str | Path],  # files that the list must name besides those of `made_in`, if they exist
@@ -49,7 +49,7 @@ def sums_agree(
 
 # %% ../../nbs/88_paper.batch.ipynb #8e07bb0a
 def read_seeds(
-    text: str | int,  # a number of seeds, or seeds with commas
+    text: str | int,  # the number of seeds, such as 3, or seeds separated by commas, such as "0,2"
 ) -> list[int]:
     """Read the seeds of SEEDS=; anything else raises `UserError`."""
     words = str(text).strip("()").replace(" ", "").split(",")
@@ -59,26 +59,23 @@ def read_seeds(
 
 # %% ../../nbs/88_paper.batch.ipynb #23aa48de
 def run_folder(
-    recipe: str,  # name, such as "table1/glyphs-20/zegclip"
+    recipe: str,  # its name, such as "table1/glyphs-20/zegclip"
     seed: int,
 ) -> Path:
     """Return the folder of a run, relative to the checkout."""
     return Path("data/runs") / recipe / f"seed{seed}"
 
-
+# %% ../../nbs/88_paper.batch.ipynb #59b1323d
 def set_aside(
-    recipe: str,  # name
+    recipe: str,  # its name
     seed: int,
 ) -> Path | None:  # the folder's new name, None if it was left as it is
     """Rename the run folder if its run has another recipe than the present one of this name."""
     out = run_folder(recipe, seed)
     if not (out / "recipe.yaml").exists():
         return None
-    from sptseg.recipe import (
-        RUNTIME_KEYS,
-        check_recipe,
-        load_recipe,
-    )  # takes seconds; most runs start in an empty folder
+    # the import takes seconds, and most runs start in an empty folder
+    from sptseg.recipe import RUNTIME_KEYS, check_recipe, load_recipe
 
     path = Path("nbs/experiments") / f"{recipe}.yaml"  # of this checkout, or a recipe that ships with sptseg
     now = load_recipe(path if path.is_file() else recipe, seed=seed).model_dump(mode="json")
@@ -116,7 +113,7 @@ def visible_gpus() -> list[str]:  # as CUDA_VISIBLE_DEVICES names them; empty wi
         return []
     return [str(number) for number in range(listed.count("GPU "))]
 
-
+# %% ../../nbs/88_paper.batch.ipynb #bc0f69dd
 @contextmanager
 def leased_gpu(
     gpus: Sequence[str],  # names of GPUs; with none, nothing is leased
@@ -152,11 +149,21 @@ def write_plan(
     plan = {"started": time.time(), "jobs": jobs, "records": sorted(map(str, records))}
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(plan), encoding="utf-8"))
 
+# %% ../../nbs/88_paper.batch.ipynb #b59064f2
+def readable_time(
+    seconds: float,
+) -> str:
+    """Format a duration with about two digits: "40 s", "12 min", "5.5 h"."""
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
 
+# %% ../../nbs/88_paper.batch.ipynb #eba200c6
 def progress(
     path: Path = PLAN,
 ) -> str:  # for instance "3 of 12 runs are made, about 8 min left"
     """Report the progress of the batch and the estimated remaining time."""
+    if not path.is_file():  # the command was typed by hand
+        return "no batch"
     plan = json.loads(path.read_text(encoding="utf-8"))
     made = sum(Path(name).is_file() and Path(name).stat().st_mtime >= plan["started"] for name in plan["records"])
     text, left = f"{made} of {len(plan['records'])} runs are made", len(plan["records"]) - made
@@ -165,14 +172,6 @@ def progress(
     seconds = (time.time() - plan["started"]) * left / (made + (plan["jobs"] - 1) / 2)
     return f"{text}, about {readable_time(seconds)} left"
 
-
-def readable_time(
-    seconds: float,
-) -> str:
-    """Format a duration with about two digits: "40 s", "12 min", "5.5 h"."""
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
-
 # %% ../../nbs/88_paper.batch.ipynb #1d271acf
 def say(
     what: str,
@@ -180,14 +179,14 @@ def say(
     """Print a line with the time, unbuffered."""
     print(time.strftime("[%H:%M:%S]"), what, flush=True)
 
-
+# %% ../../nbs/88_paper.batch.ipynb #4fa7a6f3
 def gpu_environment(
     gpu: str | None,  # name of a GPU; None: unchanged
 ) -> dict[str, str]:
     """Make the environment of a command: only this GPU, and one thread unless OMP_NUM_THREADS is set."""
     return {"OMP_NUM_THREADS": "1", **os.environ, **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})}
 
-
+# %% ../../nbs/88_paper.batch.ipynb #094a185f
 def run_reported(
     title: str,  # for the printed lines
     notebook: str | Path,  # the executed one; the output goes to the same name with .log
@@ -207,9 +206,9 @@ def run_reported(
         say(f"         see {notebook} and {log}")
     return done.returncode
 
-
+# %% ../../nbs/88_paper.batch.ipynb #358d29ee
 def run_row(
-    recipe: str,  # name
+    recipe: str,  # its name
     seed: int,
     command: Sequence[str],  # trains and writes the record
 ) -> int:  # exit status of the command
@@ -237,7 +236,7 @@ def main(
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         match words:
-            case ["row", recipe, seed, "--", *command] if command:
+            case ["row", recipe, seed, "--", *command] if command and seed.isdecimal():
                 return run_row(recipe, int(seed), command)
             case ["step", title, notebook, "--", *command] if command:
                 return run_reported(title, notebook, command)

@@ -37,7 +37,7 @@ def vit_b_16() -> VisionTransformer:
 # %% ../../nbs/81_paper.complexity.ipynb #acc951fe
 def released_layers(
     config: SegmenterConfig,
-) -> list[list[str]]:  # by decoder
+) -> list[list[str]]:  # per decoder, the names of its layers
     """Name the decoder layers as the authors' code does."""
     if config.regions:
         stacks = {f"decoder_{part}.layers": config.decoder_layers for part in "qv"}
@@ -50,7 +50,7 @@ def released_layers(
         stacks = {"decoder_1.layers": config.decoder_layers}
     return [[f"decode_head.{name}.{index}" for index in range(count)] for name, count in stacks.items()]
 
-
+# %% ../../nbs/81_paper.complexity.ipynb #74295674
 def leftover_modules(
     config: SegmenterConfig,
     width: int,  # d, width of the decoder
@@ -76,7 +76,7 @@ def leftover_modules(
 # %% ../../nbs/81_paper.complexity.ipynb #8f1b8613
 def count_values(
     module: nn.Module,
-    trained: bool = False,  # count only what gets a gradient
+    trained: bool = False,  # count only parameters that get a gradient
 ) -> int:
     """Count the values in a module's parameters."""
     return sum(tensor.numel() for tensor in module.parameters() if tensor.requires_grad or not trained)
@@ -105,12 +105,16 @@ class PlainCLIP(nn.Module):
 
     def __init__(
         self,
-        visual: VisionTransformer,
+        visual: VisionTransformer,  # of CLIP; it is frozen
     ):
         super().__init__()
         self.encoder = FrozenEncoder(visual=visual)
 
-    def forward(self, images: Tensor, text: Tensor) -> Tensor:  # (B, C, h, w) cosines
+    def forward(
+        self,
+        images: Tensor,  # (B, 3, H, W)
+        text: Tensor,  # (C, d), unit-norm
+    ) -> Tensor:  # (B, C, h, w) cosines
         maps, _ = self.encoder(images)
         return (text @ maps.flatten(2)).unflatten(2, maps.shape[-2:])
 
@@ -125,14 +129,14 @@ def shape_of(
     """Return the shape of a recorded tensor."""
     return value.type().sizes()
 
-
+# %% ../../nbs/81_paper.complexity.ipynb #bf491f1e
 def attention_rule(inputs: list, outputs: list) -> Counter:
     """Count fused attention: two matmuls and a softmax."""
     query, key, value = (shape_of(one) for one in inputs[:3])
     pairs = math.prod(query[:-1]) * key[-2]
     return Counter({"attention": pairs * (query[-1] + value[-1]), "elementwise": 5 * pairs})
 
-
+# %% ../../nbs/81_paper.complexity.ipynb #1d79d3b6
 def fourier_rule(inputs: list, outputs: list) -> Counter:
     """Count a real two-dimensional Fourier transform of maps (B, h, w, D), in either direction."""
     real = max(shape_of(inputs[0]), shape_of(outputs[0]), key=math.prod)
@@ -172,6 +176,8 @@ RULES = {
     },
     "torchvision::roi_align": elementwise_rule(16),  # four samples per value, each from four pixels
 }
+
+# %% ../../nbs/81_paper.complexity.ipynb #3e8c5ff1
 FREE = {
     "mT",
     "numpy_T",
@@ -196,7 +202,7 @@ FREE = {
 def filter_computed_before(
     model: nn.Module,
 ) -> Iterator[None]:
-    """Compute the spectral filter beforehand: it is the same for all images, and the recorder cannot trace it."""
+    """Compute the spectral filter beforehand: it is the same for all images, and fvcore cannot trace it."""
     spectral = getattr(model.encoder, "spectral_prompt", None)
     if spectral is None:
         yield
@@ -208,7 +214,7 @@ def filter_computed_before(
     finally:
         del spectral.spectrum
 
-# %% ../../nbs/81_paper.complexity.ipynb #9f038d9b
+# %% ../../nbs/81_paper.complexity.ipynb #86b300c9
 @contextmanager
 def without_rounds(
     model: nn.Module,
@@ -223,12 +229,12 @@ def without_rounds(
         for one, (rounds, threshold) in zip(transports, before, strict=True):
             one.rounds, one.threshold = rounds, threshold
 
-
+# %% ../../nbs/81_paper.complexity.ipynb #9f038d9b
 def count_operations(
-    model: nn.Module,  # a `Segmenter` or `PlainCLIP`
+    model: nn.Module,  # a `Segmenter` or `PlainCLIP`, in either mode; `ImageScores` sets evaluation mode
     images: Tensor,  # (B, 3, H, W)
     text: Tensor,  # (C, d)
-) -> pd.DataFrame:  # module's own operations (rows) of every kind (columns)
+) -> pd.DataFrame:  # a row per module: its own operations (without submodules), a column per kind
     """Count with fvcore and the rules above; an operator without a rule raises `RuntimeError`."""
     with filter_computed_before(model), without_rounds(model), torch.no_grad():
         analysis = FlopCountAnalysis(ImageScores(model), (images, text)).tracer_warnings("none")
@@ -236,7 +242,7 @@ def count_operations(
         counts = analysis.by_module_and_operator()
     unknown = {name.removeprefix("aten::") for name in analysis.unsupported_ops()} - FREE
     if unknown:
-        raise RuntimeError(f"operators without a rule: {', '.join(sorted(unknown))}")
+        raise RuntimeError(f"operators without a rule: {', '.join(sorted(unknown))}; add them to RULES or FREE")
     rows = {name: Counter() for name in counts}
     for name, operators in counts.items():
         for operator, count in operators.items():
@@ -260,10 +266,10 @@ def conventions(
 
 # %% ../../nbs/81_paper.complexity.ipynb #89b91bb0
 def release_detours(
-    model: Segmenter,
+    model: Segmenter,  # of a method of which there is a release; for others the result is empty
     num_classes: int,  # C
 ) -> dict[str, int]:  # multiply-adds by fvcore's rules, for one image of the training size
-    """Count the operations that the authors' code needs beyond this project's for the same scores."""
+    """Count the operations that the authors' code performs in addition to this project's for the same scores."""
     visual, config = model.encoder.visual, model.config
     if not released_layers(config):
         return {}
@@ -292,12 +298,12 @@ def cpu_attention(query: list, key: list, value: list, *others, **outputs) -> in
     """Count fused attention on a CPU from its shapes; PyTorch before 2.15 counts it on GPUs only."""
     return sdpa_flop_count(query, key, value)
 
-
+# %% ../../nbs/81_paper.complexity.ipynb #b4fa2a7b
 def cpu_attention_backward(output: list, query: list, key: list, value: list, *others, **outputs) -> int:
     """Count its backward pass: five matmuls for the two of the forward pass."""
     return sdpa_backward_flop_count(output, query, key, value)
 
-
+# %% ../../nbs/81_paper.complexity.ipynb #1cdddc40
 def torch_counter() -> FlopCounterMode:
     """Make PyTorch's counter, completed for CPUs."""
     name = "_scaled_dot_product_flash_attention_for_cpu"
@@ -305,7 +311,7 @@ def torch_counter() -> FlopCounterMode:
     rules |= {getattr(torch.ops.aten, f"{name}_backward"): cpu_attention_backward}
     return FlopCounterMode(display=False, custom_mapping=rules)
 
-
+# %% ../../nbs/81_paper.complexity.ipynb #4cade388
 def count_by_torch(
     model: nn.Module,  # a `Segmenter` or `PlainCLIP`
     images: Tensor,  # (B, 3, H, W)
@@ -338,7 +344,7 @@ def part_of(
     fitting = [prefix for prefix in PARTS if not prefix or name == prefix or name.startswith(f"{prefix}.")]
     return PARTS[max(fitting, key=len)]
 
-
+# %% ../../nbs/81_paper.complexity.ipynb #e8059c04
 def by_part(
     table: pd.DataFrame,  # of `count_operations`
 ) -> pd.DataFrame:  # parts (rows) in the order of `PARTS`; kinds and conventions (columns)

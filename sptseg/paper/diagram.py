@@ -44,7 +44,7 @@ def shapes_in(
     tensors = [value for value in ([values] if isinstance(values, Tensor) else values) if isinstance(value, Tensor)]
     return {f"{name}[{i}]" if i else name: tuple(tensor.shape) for i, tensor in enumerate(tensors)}
 
-
+# %% ../../nbs/80_paper.diagram.ipynb #1c95a2b0
 class FourierShapes(TorchFunctionMode):
     """While active, record the shapes that Fourier transforms of token maps take and give."""
 
@@ -83,8 +83,8 @@ def record_shapes(
 
 # %% ../../nbs/80_paper.diagram.ipynb #a34a10bd
 def hollow_segmenter(
-    clip: str,  # a name that `sptseg.models.clip.load_clip` takes
-    config: SegmenterConfig,  # what to build
+    clip: str,  # a name that `sptseg.models.clip.load_clip` takes; another one raises `UserError`
+    config: SegmenterConfig,  # of the model to build
     num_classes: int = 20,  # C
 ) -> tuple[Segmenter, Shapes]:  # a model whose tensors have no content, and the shapes of one image's forward pass
     """Build and run a model of any size without weights or memory."""
@@ -109,7 +109,7 @@ def fill_template(
         raise UserError(f"{path}: no value for the placeholders {unknown}; remove or correct them")
     return PLACEHOLDER.sub(lambda match: str(values[match[1]]), template)
 
-
+# %% ../../nbs/80_paper.diagram.ipynb #0fdd35ec
 def save_svg(
     svg: str,  # from `draw_method` or `draw_spectral_prompt`
     path: str | Path,  # written or replaced; its folder is made if needed
@@ -125,14 +125,14 @@ def kind_of(
     parameters = list(part.parameters()) if isinstance(part, nn.Module) else [part]
     return "plain" if not parameters else "learned" if any(p.requires_grad for p in parameters) else "frozen"
 
-
+# %% ../../nbs/80_paper.diagram.ipynb #76d14144
 def times(
     shape: tuple[int, ...],  # for instance (1024, 768)
 ) -> str:  # for instance "1024×768"
     """Write a shape as a product."""
     return "×".join(str(extent) for extent in shape)
 
-
+# %% ../../nbs/80_paper.diagram.ipynb #dbd4fd3c
 def template_values(
     model: Segmenter,  # real or hollow
     shapes: Shapes,  # from `record_shapes` of this model
@@ -159,7 +159,7 @@ def example_scene() -> tuple[np.ndarray, np.ndarray]:  # image and label map, bo
     means = np.stack([image[layers == layer].mean(0) for layer in range(4)])
     return image, means[layers].astype(np.uint8)
 
-
+# %% ../../nbs/80_paper.diagram.ipynb #30b9ba9e
 def image_uri(
     pixels: np.ndarray,  # (H, W, 3) uint8, or (H, W) numbers
     colormap: str = "gray",  # for numbers, of which the smallest gets the first colour, the largest the last one
@@ -192,10 +192,12 @@ def draw_blocks(
 
 # %% ../../nbs/80_paper.diagram.ipynb #f3e51a0e
 def draw_method(
-    model: Segmenter,  # real or hollow
+    model: Segmenter,  # real or hollow; another one than ZegCLIP, SPT-SEG and their mixtures raises `UserError`
     shapes: Shapes,  # from `record_shapes` of the same model
 ) -> str:  # SVG
     """The whole method: image encoder with prompts, class names, decoder, output."""
+    if model.config.decoder not in ("sgd", "zegclip") or model.config.regions or model.config.tapped_blocks:
+        raise UserError("diagram: templates exist for zegclip, zegclip+spt, zegclip+sgd and spt-seg; draw one of these")
     (tokens, width), prompts = shapes["encoder.run_block"][1:], shapes["encoder.deep_prompts"][1]
     decoder, layers = model.config.decoder, len(model.decoder.layers) + 1
     values = {
@@ -219,7 +221,7 @@ def spectral_example(
     grid: tuple[int, int],  # (h, w)
     spectrum: Tensor | None = None,  # (h, w // 2 + 1) complex filter of a channel; None: random initialization
 ) -> dict[str, np.ndarray]:  # H, S, sum: (h, w); spectrum, filter, product: (h, w // 2 + 1), zero in the middle row
-    """One channel at every step of the spectral prompt, with g = 1, and log amplitudes of spectra."""
+    """Compute one channel at every step of the spectral prompt, with g = 1; spectra as logarithms of amplitudes."""
     blue = torch.from_numpy(example_scene()[0] / np.float32(64))[None, ..., 2]
     patches = F.adaptive_avg_pool2d(blue - blue.mean(), grid)[0]
     before = torch.fft.rfft2(patches)

@@ -31,7 +31,7 @@ def frequency_distance(
     """Compute the distance of every frequency from zero."""
     return np.hypot(np.fft.fftfreq(grid[0])[:, None], np.fft.rfftfreq(grid[1])[None])
 
-
+# %% ../../nbs/87_paper.features.ipynb #e1a5486a
 def radial_mean(
     values: np.ndarray,  # (h, w // 2 + 1, ...) by frequency
     grid: tuple[int, int],  # (h, w)
@@ -46,16 +46,14 @@ def radial_mean(
 def filter_images(
     spectral: SpectralPrompt,
     count: int,  # channels to show
-) -> tuple[
-    list[int], np.ndarray, np.ndarray
-]:  # channels; responses (h, w // 2 + 1, n), zero mid-left; kernels (h, w, n)
-    """Compute the strongest channels of a spectral prompt in frequency and in space."""
+) -> tuple[list[int], np.ndarray, np.ndarray]:  # channels, responses (h, w // 2 + 1, n), kernels (h, w, n)
+    """Compute the strongest channels of a spectral prompt in frequency (zero mid-left) and in space."""
     spectrum = spectral.spectrum(spectral.grid)
     channels = spectrum.abs().mean((0, 1)).topk(count).indices
     kernels = filter_to_kernel(spectrum, spectral.grid[1])[..., channels]
     return channels.tolist(), torch.fft.fftshift(spectrum.abs(), dim=0)[..., channels].numpy(), kernels.numpy()
 
-
+# %% ../../nbs/87_paper.features.ipynb #335101cb
 def draw_amplitudes(
     axis: Axes,
     spectral: SpectralPrompt,
@@ -84,7 +82,7 @@ def borders(
     across, down = (columns[1] - columns[0]) / 2, (rows[1] - rows[0]) / 2
     return columns[0] - across, columns[-1] + across, rows[-1] + down, rows[0] - down
 
-
+# %% ../../nbs/87_paper.features.ipynb #a0987724
 @in_style()
 def plot_filters(
     spectral: SpectralPrompt,
@@ -126,7 +124,7 @@ def record_outputs(
         model(images, text)
     return {name: outputs[-1] for name, outputs in calls.items()}
 
-
+# %% ../../nbs/87_paper.features.ipynb #549b03ba
 def branch_maps(
     model: Segmenter,  # with SPT-SEG's decoder
     images: Tensor,  # (B, 3, H, W), normalised
@@ -150,7 +148,7 @@ def principal_map(
     values = values * values.pow(3).sum().sign()  # the long tail is positive
     return (values / values.abs().max()).numpy()
 
-
+# %% ../../nbs/87_paper.features.ipynb #bdc0f053
 def power_by_frequency(
     maps: Tensor,  # (B, h, w, c)
 ) -> tuple[np.ndarray, np.ndarray]:  # distances (R,) in cycles per patch without zero; mean power, the first being 1
@@ -198,7 +196,7 @@ def selection_cosines(
     cosines = [F.cosine_similarity(outputs[f"{n}.hilo"], token, dim=-1) for n, token in zip(names, tokens, strict=True)]
     return torch.stack(cosines, 1).unflatten(2, outputs["encoder"].shape[-2:])
 
-
+# %% ../../nbs/87_paper.features.ipynb #b27ae61b
 @in_style()
 def plot_selection(
     images: Sequence[Tensor],  # B images (3, H, W) uint8

@@ -31,7 +31,7 @@ def best_rows(
     groups = printed.groupby(numbers["section"])
     return set(numbers.index[(printed == groups.transform("max")) & (groups.transform("count") > 1)])
 
-
+# %% ../../nbs/84_paper.formats.ipynb #186ece78
 def printed(
     numbers: pd.Series,  # a row of `table_numbers`
     column: str,
@@ -49,9 +49,9 @@ def printed(
 
 # %% ../../nbs/84_paper.formats.ipynb #a7d7a4db
 def table_frame(
-    table: str,
-    bench: str,
-    seeds: Sequence[int],
+    table: str,  # such as "table2"
+    bench: str,  # such as "voc"
+    seeds: Sequence[int],  # of the runs
     root: Path | None = None,  # the checkout
     mark: str = "{}",  # how the best of ours is written, such as "**{}**"
 ) -> pd.DataFrame:  # of strings; the column "section" holds the headings
@@ -73,10 +73,10 @@ def table_frame(
 
 # %% ../../nbs/84_paper.formats.ipynb #c5a788dd
 def facts_of(
-    rows: Sequence[Row],
-    seeds: Sequence[int],
+    rows: Sequence[Row],  # of `rows_of`
+    seeds: Sequence[int],  # of the runs
     root: Path | None = None,  # the checkout
-) -> list[str]:
+) -> list[str]:  # parts of a sentence
     """Collect seeds, length of training, devices and commits of the records of some rows."""
     found = [(row, record) for row in rows for record in records_of(row, seeds, root)]
     trained = [record for row, record in found if row.recipe and "metrics" in record]
@@ -93,9 +93,9 @@ def facts_of(
 
 # %% ../../nbs/84_paper.formats.ipynb #bba7b510
 def origin_lines(
-    table: str,
-    bench: str,
-    seeds: Sequence[int],
+    table: str,  # such as "table2"
+    bench: str,  # such as "voc"
+    seeds: Sequence[int],  # of the runs
     root: Path | None = None,  # the checkout
 ) -> list[str]:
     """Describe the source of a table in sentences."""
@@ -141,7 +141,7 @@ def headings(
     names = names.str.removeprefix("published ").str.replace("row", "")
     return pd.MultiIndex.from_arrays([groups, names]) if "published" in groups else names
 
-
+# %% ../../nbs/84_paper.formats.ipynb #a19d26f5
 def as_latex(
     frame: pd.DataFrame,  # of `table_frame`
     lines: Sequence[str],  # below the table, as comments
@@ -172,9 +172,9 @@ def as_csv(
 
 # %% ../../nbs/84_paper.formats.ipynb #dc098dcd
 def write_table(
-    table: str,
-    bench: str,
-    seeds: Sequence[int],
+    table: str,  # such as "table2"
+    bench: str,  # such as "voc"
+    seeds: Sequence[int],  # of the runs
     folder: str | Path,  # where to write
     root: Path | None = None,  # the checkout
 ) -> list[Path]:  # <bench>-<table>.md, .csv and .tex

@@ -31,7 +31,7 @@ class Part:
     title: str
     run: str  # shell command; {python} and {out} are replaced
 
-
+# %% ../../nbs/89_paper.gpu.ipynb #004532de
 def read_parts(
     names: Sequence[str] = (),  # parts to select, in the order of the file; none: all
 ) -> list[Part]:
@@ -64,7 +64,7 @@ def run_logged(
             return 124
         raise
 
-
+# %% ../../nbs/89_paper.gpu.ipynb #98f049f1
 def run_part(
     part: Part,
     out: Path,  # folder of the records
@@ -102,14 +102,14 @@ def is_finished(
     wanted = {"status": 0, "gpu": device, "command": part.run, "commit": provenance()["commit"]}
     return wanted["commit"] is not None and all(record.get(key) == value for key, value in wanted.items())
 
-
+# %% ../../nbs/89_paper.gpu.ipynb #0cf015af
 def gpu_name() -> str:
     """The name of the GPU; without one, `UserError`."""
     if not torch.cuda.is_available():
         raise UserError("gpu: PyTorch finds no GPU; run this on a computer with one, with a CUDA build of PyTorch")
     return torch.cuda.get_device_name()
 
-
+# %% ../../nbs/89_paper.gpu.ipynb #8ed58a4a
 def run_parts(
     out: str | Path,  # folder of the records
     names: Sequence[str] = (),  # parts to run; none: all

@@ -47,7 +47,7 @@ def mixed_images(
             return found
     return found + [index for index in range(len(benchmark.val)) if index not in found][: count - len(found)]
 
-
+# %% ../../nbs/86_paper.maps.ipynb #9e4ee115
 def square_sample(
     benchmark: Benchmark,
     index: int,  # of a test image
@@ -79,12 +79,10 @@ def name_regions(
             y, x = divmod(int(F.avg_pool2d(region, window, 1, window // 2).argmax()), ids.shape[1])
             axis.text(x, y, drawn_name(names[c]).replace(" ", "\n", 1), path_effects=outline, **look)
 
-
+# %% ../../nbs/86_paper.maps.ipynb #8ffd5bb3
 @in_style()
 def plot_qualitative(
-    rows: Sequence[
-        dict
-    ],  # of `sptseg.evaluation.evaluate.predict_samples`: "image", "truth", and a label map per method
+    rows: Sequence[dict],  # of `sptseg.evaluation.evaluate.predict_samples`: "image", "truth", a label map per method
     names: Sequence[str],  # of all C classes
     unseen: Sequence[int] = (),  # ids, outlined
 ) -> Figure:
@@ -111,7 +109,7 @@ def unseen_accuracy(
     region = torch.isin(truth.long(), torch.tensor(unseen))
     return (prediction == truth)[region].float().mean().item(), int(region.sum())
 
-
+# %% ../../nbs/86_paper.maps.ipynb #25ea8ef8
 def gallery_images(
     benchmark: Benchmark,
     predict: Callable[[Tensor, tuple[int, int]], Tensor],  # see `sptseg.evaluation.evaluate.evaluate`
@@ -152,7 +150,7 @@ def largest_class(
     ids, counts = mask[torch.isin(mask, torch.tensor(among, dtype=mask.dtype))].unique(return_counts=True)
     return int(ids[counts.argmax()]) if len(ids) else None
 
-
+# %% ../../nbs/86_paper.maps.ipynb #60dbac58
 def score_rows(
     sample: Sample,  # square image and mask
     scores: dict[str, Tensor],  # method → (C, h, w) scores in 0..1 of this image
@@ -185,7 +183,7 @@ def draw_map(
     axis.spines[:].set_visible(False)
     return image
 
-
+# %% ../../nbs/86_paper.maps.ipynb #06c4552b
 def draw_scores(
     line: Sequence[Axes],  # one for the image, one per method
     row: dict,  # of `score_rows`
@@ -199,7 +197,7 @@ def draw_scores(
         axis.contour(row["region"], levels=[0.5], colors="white", linewidths=0.8).set(path_effects=outline)
     return ScalarMappable(plt.Normalize(0, 1), "viridis")
 
-
+# %% ../../nbs/86_paper.maps.ipynb #4e4668e1
 @in_style()
 def plot_seen_unseen(
     rows: Sequence[dict],  # of `score_rows`

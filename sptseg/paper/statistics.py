@@ -36,7 +36,7 @@ from ..recipe import RUNTIME_KEYS, Recipe, check_recipe
 
 # %% ../../nbs/83a_paper.statistics.ipynb #83a00005
 class ImageCounts:
-    """Collects the counts of every image of an evaluation; see `sptseg.evaluation.evaluate.evaluate`."""
+    """The counts of every image of an evaluation, as `details` of `sptseg.evaluation.evaluate.evaluate`."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ def counts_path(
     """Return the path of the counts of a run."""
     return record_path(recipe, seed).with_suffix(".images.npz")
 
-
+# %% ../../nbs/83a_paper.statistics.ipynb #77f9c3a3
 def fits_record(
     counts: np.ndarray,  # (N, 3, C)
     record: dict,
@@ -88,7 +88,7 @@ def fits_record(
     recorded = np.array(list(record["metrics"]["IoU"].values()), float)  # None becomes NaN
     return found.shape == recorded.shape and np.allclose(found, recorded, rtol=0, atol=1e-6, equal_nan=True)
 
-
+# %% ../../nbs/83a_paper.statistics.ipynb #fb8fdf18
 def read_counts(
     recipe: str,  # its name
     seed: int,
@@ -110,7 +110,7 @@ def count_run(
     root: Path | None = None,  # the checkout
     runs: Path | None = None,  # the folder of the runs; None: the checkout's data/runs
 ) -> Path | None:  # the file; None: the run has no current record or no weights here
-    """Evaluate the weights of a run and write its counts."""
+    """Evaluate the weights of a run and write its counts; weights of another run raise `UserError`."""
     root = root or checkout()
     weights = (runs or root / "data/runs") / run_folder(recipe, seed).relative_to("data/runs") / "model.safetensors"
     records = records_of(Row("", recipe=recipe), [seed], root)
@@ -129,7 +129,7 @@ def count_run(
 
     return write_atomically(root / counts_path(recipe, seed), write)
 
-
+# %% ../../nbs/83a_paper.statistics.ipynb #d18e2c3b
 def count_missing(
     tables: Sequence[str],
     bench: str,
@@ -244,7 +244,7 @@ def compare(
 
 # %% ../../nbs/83a_paper.statistics.ipynb #83a0000p
 def verdict(
-    comparison: Comparison,
+    comparison: Comparison,  # of our rows
     expected: float,  # the paper's difference; only its sign counts
 ) -> str:  # "appears", "reversed", "open" or "not measured"
     """Judge a finding by the interval of our difference."""
@@ -253,7 +253,7 @@ def verdict(
         return "not measured"
     return "open" if low <= 0 <= high else "appears" if comparison.mean * expected > 0 else "reversed"
 
-
+# %% ../../nbs/83a_paper.statistics.ipynb #a907b591
 def in_words(
     comparison: Comparison,
     metric: str = "hIoU",
@@ -266,7 +266,7 @@ def in_words(
     inside = interval if count > 1 else "one seed, no interval"
     return f"{comparison.mean:+.1f} points of {metric} ({inside})".replace("-", "−")
 
-
+# %% ../../nbs/83a_paper.statistics.ipynb #b81e399b
 def what_decides(
     comparison: Comparison,  # an open one
 ) -> str:  # a clause
@@ -297,7 +297,7 @@ def explain_marks(
         marks.append(Line2D([], [], marker="D", markersize=5, **look))
     axis.legend(handles=marks, loc="upper left", bbox_to_anchor=(1, 1))
 
-
+# %% ../../nbs/83a_paper.statistics.ipynb #f8a0fd05
 @in_style()
 def plot_comparisons(
     comparisons: Mapping[str, Comparison],  # by name, from top to bottom

@@ -44,24 +44,24 @@ class Row:
     """One row of a table."""
 
     name: str  # as printed
-    recipe: str | None = None  # what is trained for it; None: nothing
+    recipe: str | None = None  # name of the recipe that is trained for it; None: none
     published: str | None = None  # "table/dataset/row" in data/published.json
     note: str = ""  # printed after the name
-    section: str = ""  # heading above it
-    record: str | None = None  # a record below data/results that needs no training, instead of runs or beside them
-    of: str | None = None  # recipe of that record
-    measure: str | None = None  # how the record is made, see `MEASURES`
+    section: str = ""  # heading of its section
+    record: str | None = None  # name of a record in data/results that needs no training, instead of runs or beside them
+    of: str | None = None  # name of the recipe that this record is about
+    measure: str | None = None  # how this record is made, a key of `MEASURES`
 
 # %% ../../nbs/83_paper.tables.ipynb #d2df8efb
 @lru_cache(maxsize=4)
 def read_once(
     path: Path,  # a YAML file
-    changed: int,  # when it was changed last
+    changed: int,  # modification time, ns
 ) -> dict:  # its content; not to be modified
     """Read a YAML file, once per modification time."""
     return read_yaml(path)
 
-
+# %% ../../nbs/83_paper.tables.ipynb #8461b41d
 def chosen(
     kind: str,  # "tables" or "benches"
     name: str | None = None,  # one of them; None: all
@@ -76,7 +76,7 @@ def chosen(
 
 # %% ../../nbs/83_paper.tables.ipynb #424386ff
 def table_names(
-    bench: str,  # "glyphs-20", "glyphs-stuff", "voc" or "coco"
+    bench: str,  # "glyphs-20", "glyphs-stuff", "voc" or "coco"; another one raises `UserError`
     root: Path | None = None,  # the checkout
 ) -> list[str]:  # "table1" and so on, in order
     """List the tables of a benchmark."""
@@ -85,8 +85,8 @@ def table_names(
 
 # %% ../../nbs/83_paper.tables.ipynb #19c67476
 def rows_of(
-    table: str,
-    bench: str,
+    table: str,  # such as "table2"
+    bench: str,  # such as "voc"
     root: Path | None = None,  # the checkout
 ) -> list[Row]:  # in order; a table that the benchmark does not have raises `UserError`
     """List the rows of a table."""
@@ -106,8 +106,8 @@ def rows_of(
 
 # %% ../../nbs/83_paper.tables.ipynb #394d1c3d
 def recipes_of(
-    tables: Sequence[str],
-    bench: str,
+    tables: Sequence[str],  # such as ("table1", "table2")
+    bench: str,  # such as "voc"
     root: Path | None = None,  # the checkout
 ) -> list[str]:  # names of recipes, without repetition
     """List the recipes that some tables need."""
@@ -122,7 +122,7 @@ def record_path(
     """Return the path of a run's record."""
     return Path("data/results") / recipe / f"seed{seed}.json"
 
-
+# %% ../../nbs/83_paper.tables.ipynb #54c5de31
 def recipe_of_row(
     name: str,
     root: Path | None = None,  # the checkout
@@ -133,19 +133,16 @@ def recipe_of_row(
     return load_recipe(path if path.is_file() else name, **overrides)
 
 # %% ../../nbs/83_paper.tables.ipynb #91da25e9
-MODEL_KEYS = {"dataset", "clip", "val_images"} | (SegmenterConfig.model_fields.keys() & Recipe.model_fields.keys())
-
-
 @lru_cache
 def built_in_clip() -> str:
     """Return the digest of the built-in CLIP, as records have it."""
     return load_clip("glyph-clip").weights_hash[:16]
 
-
+# %% ../../nbs/83_paper.tables.ipynb #18b5ec05
 def read_record(
-    path: Path,
-    recipe: Recipe,  # expected
-    keys: set[str],  # that must agree
+    path: Path,  # of a JSON file
+    recipe: Recipe,  # that must have made it
+    keys: set[str],  # keys of the recipe that must agree
 ) -> dict | None:  # None: missing, of another recipe, or of another version of the built-in CLIP
     """Read a record if it is current."""
     try:
@@ -159,6 +156,9 @@ def read_record(
     return record if made_by.model_dump(include=keys) == recipe.model_dump(include=keys) else None
 
 # %% ../../nbs/83_paper.tables.ipynb #52c3e410
+MODEL_KEYS = {"dataset", "clip", "val_images"} | (SegmenterConfig.model_fields.keys() & Recipe.model_fields.keys())
+
+
 def records_of(
     row: Row,
     seeds: Sequence[int],
@@ -173,13 +173,13 @@ def records_of(
     for path, name, overrides, compared in paths:
         try:
             found.append(read_record(path, recipe_of_row(name, root, **overrides), compared))
-        except UserError:  # a recipe with a mistake: its run will say so
+        except UserError:  # the recipe has a mistake, which its run reports
             continue
     return [record for record in found if record is not None]
 
 # %% ../../nbs/83_paper.tables.ipynb #485eed5c
 def is_current(
-    recipe: str,
+    recipe: str,  # its name
     seed: int,
     root: Path | None = None,  # the checkout
 ) -> bool:
@@ -202,7 +202,7 @@ def published_numbers(
 
 # %% ../../nbs/83_paper.tables.ipynb #a6b6b65b
 def numbers_of(
-    record: dict,
+    record: dict,  # of a run, or of runs/complexity
 ) -> dict[str, float | None]:  # column → value
     """Return the numbers of a record that tables show."""
     if "metrics" in record:
@@ -222,8 +222,8 @@ def numbers_of(
 
 # %% ../../nbs/83_paper.tables.ipynb #757599fe
 def row_numbers(
-    row: Row,
-    columns: Sequence[str],
+    row: Row,  # of `rows_of`
+    columns: Sequence[str],  # names of metrics or of the numbers in `numbers_of`
     seeds: Sequence[int],
     root: Path | None = None,  # the checkout
 ) -> dict:  # per column c: mean "c", "c std" over runs, and "published c"; NaN where there is none
@@ -242,9 +242,9 @@ def row_numbers(
 
 # %% ../../nbs/83_paper.tables.ipynb #245648c3
 def table_numbers(
-    table: str,
-    bench: str,
-    seeds: Sequence[int],
+    table: str,  # such as "table2"
+    bench: str,  # such as "voc"
+    seeds: Sequence[int],  # of the runs
     root: Path | None = None,  # the checkout
 ) -> pd.DataFrame:  # see `row_numbers`; no columns for spread or published numbers where the whole table has none
     """Return a table as numbers."""
@@ -255,7 +255,7 @@ def table_numbers(
 
 # %% ../../nbs/83_paper.tables.ipynb #f6a0da30
 def clip_scores(
-    recipe: Recipe,  # names benchmark, CLIP and size
+    recipe: Recipe,  # its benchmark, CLIP and image size are used
 ) -> dict:  # "metrics", and "inputs" with a digest of the CLIP
     """Evaluate the recipe's CLIP without training."""
     benchmark, clip, text = load_parts(recipe, training=False)
@@ -263,7 +263,7 @@ def clip_scores(
     metrics = evaluate(training_free_predictor(clip.visual, text), loader, benchmark.labels)
     return {"metrics": metrics, "inputs": {"clip": clip.weights_hash[:16]}}
 
-
+# %% ../../nbs/83_paper.tables.ipynb #db0be96b
 def model_cost(
     recipe: Recipe,
     plain: bool = False,  # whether to count CLIP alone
@@ -286,8 +286,8 @@ MEASURES = {"clip-scores": clip_scores, "model-cost": model_cost, "clip-cost": p
 
 
 def measure_missing(
-    table: str,
-    bench: str,
+    table: str,  # such as "efficiency"
+    bench: str,  # such as "voc"
     root: Path | None = None,  # the checkout
 ) -> list[Path]:  # the records that were written
     """Make the missing records of a table that need no training."""
