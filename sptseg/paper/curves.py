@@ -19,6 +19,7 @@ from ..evaluation.evaluate import load_model, load_parts, recipe_of_run
 from .figures import in_style
 from .statistics import weights_here
 from .tables import Row, checkout, recipes_of, record_path, records_of
+from ..plots import COLOURS
 
 # %% ../../nbs/83b_paper.curves.ipynb #83b00005
 GAMMAS = tuple(round(0.05 * step - 0.3, 2) for step in range(17))  # -0.3 to 0.5
@@ -94,12 +95,14 @@ def plot_calibration(
     """Draw calibration curves of several methods."""
     figure, (trade, harmonic) = plt.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
     for index, (name, seeds) in enumerate(curves.items()):
-        colour, stacked = f"C{index}", pd.concat(seeds).groupby(level=0)
+        look = {"color": f"C{index}", "linestyle": ("-", "--")[index // len(COLOURS)]}
+        stacked = pd.concat(seeds).groupby(level=0)
         mean = stacked.mean()
-        trade.plot(mean["mIoU(S)"], mean["mIoU(U)"], color=colour, label=f"{name} ({len(seeds)})")
-        trade.plot(mean.loc[gamma, "mIoU(S)"], mean.loc[gamma, "mIoU(U)"], "o", color=colour, markersize=4)
-        harmonic.plot(mean.index, mean["hIoU"], color=colour)
-        harmonic.fill_between(mean.index, stacked["hIoU"].min(), stacked["hIoU"].max(), color=colour, alpha=0.15, lw=0)
+        trade.plot(mean["mIoU(S)"], mean["mIoU(U)"], label=f"{name} ({len(seeds)})", **look)
+        trade.plot(mean.loc[gamma, "mIoU(S)"], mean.loc[gamma, "mIoU(U)"], "o", color=look["color"], markersize=4)
+        harmonic.plot(mean.index, mean["hIoU"], **look)
+        band = stacked["hIoU"].min(), stacked["hIoU"].max()
+        harmonic.fill_between(mean.index, *band, color=look["color"], alpha=0.15, linewidth=0)
     trade.set(xlabel="mIoU(S), %", ylabel="mIoU(U), %")
     harmonic.set(xlabel="γ", ylabel="hIoU, %")
     harmonic.axvline(gamma, color="grey", linewidth=0.6)
