@@ -251,7 +251,7 @@ def check_lists(
 # %% ../../nbs/23_data.voc.ipynb #6211fd2a
 @functools.lru_cache
 def voc_lookup() -> Tensor:  # (256,) uint8
-    """Return the class id of each number in a mask file: 0 → 255 (background is no class), k → k − 1, 255 → 255."""
+    """Return the class id of each number in a mask file: background 0 → 255 (ignored), k → k − 1, 255 → 255."""
     return raw_lookup(load_label_set("voc"))
 
 # %% ../../nbs/23_data.voc.ipynb #85fcf46a
@@ -259,7 +259,7 @@ def check_voc_sample(
     image: Path,  # a JPEG file
     mask: Path,  # its PNG file
 ) -> None:
-    """Read a sample; a broken file, another size or a number that is no class raises `UserError`."""
+    """Read a sample; a broken file, a wrong size or an unknown class number raises `UserError`."""
     FileSamples(images=[image], masks=[mask], lookup=voc_lookup())[0]
 
 # %% ../../nbs/23_data.voc.ipynb #59e780ee
