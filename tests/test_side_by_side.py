@@ -76,7 +76,11 @@ def test_ctrl_c_saves_all_runs(tmp_path):
     script = tmp_path / "program.py"
     script.write_text(PROGRAM.replace("{settings}", repr(SHORT)))
     process = subprocess.Popen(
-        [sys.executable, script, tmp_path], stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, script, tmp_path],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores Ctrl-C
     )
     while not all(checkpoints(folder) for folder in folders(tmp_path)) and process.poll() is None:
         time.sleep(0.05)
