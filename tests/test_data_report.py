@@ -93,7 +93,7 @@ def test_unusable_samples_are_listed_and_the_others_counted(workers):
 
 def test_labels_beyond_the_list_and_wrong_forms_are_unusable():
     found = quiet(LABELS, Drawn(4, change=lambda mask, index: mask + 2 * (index == 1)))
-    assert len(found.problems) == 1 and "drawn 1: label 4, 5 is outside the class list" in found.problems[0]
+    assert len(found.problems) == 1 and "drawn 1: labels 4, 5 are outside the class list" in found.problems[0]
     found = quiet(LABELS, Drawn(4, change=lambda mask, index: mask[index == 1 :]))
     assert len(found.problems) == 1 and "drawn 1: the mask has shape" in found.problems[0]
 

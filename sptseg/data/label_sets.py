@@ -288,8 +288,9 @@ def remap_labels(
     if (remapped == invalid).any():
         wrong = mask[remapped == invalid].unique().tolist()
         last = int((lookup[:-1] != invalid).nonzero().max())
+        found = f"label {wrong[0]} is" if len(wrong) == 1 else f"labels {', '.join(map(str, wrong[:5]))} are"
         raise UserError(
-            f"{name}: label {', '.join(map(str, wrong[:5]))} is outside the class list (0..{last} and "
+            f"{name}: {found} outside the class list (0..{last} and "
             f"{len(lookup) - 1}); check that masks and label set belong together"
         )
     return remapped

@@ -129,11 +129,12 @@ def leased_gpu(
     while True:
         for gpu, lock in locks.items():
             try:
-                with lock.acquire(timeout=0):
-                    yield gpu
-                    return
+                held = lock.acquire(timeout=0)
             except Timeout:
                 continue
+            with held:
+                yield gpu
+            return
         time.sleep(1)
 
 # %% ../../nbs/88_paper.batch.ipynb #c6ab37c4
