@@ -43,8 +43,7 @@ OWN_KEYS = {  # keys of parts that only some methods have
     "logit_scale": ("projection", "two-stage"),
     **dict.fromkeys(("transport_stop", "transport_rounds", "transport_epsilon", "layer_maps"), ("otseg", "otseg+")),
 }
-
-
+# keys of parts that both baselines lack
 PROMPTED = ("spectral_blocks", "num_prompts", "head_split", "class_embedding_count", "auxiliary_loss")
 UNUSED_KEYS = {  # keys of parts that a method lacks; default values are accepted, since recipes of runs contain them
     "two-stage": PROMPTED,
@@ -131,9 +130,7 @@ class Recipe(BaseModel):
     auxiliary_weight: Annotated[float, Field(ge=0)] = 1.0  # σ of Eq. 10
     recovery_weight: Annotated[float | None, Field(ge=0)] = None  # of CLIP-RC's recovery losses; None: 2
     # the data
-    data_seed: NonNegativeInt = (
-        0  # of generated images; settings are tuned on another seed than results are reported on
-    )
+    data_seed: NonNegativeInt = 0  # of generated images; settings are tuned on another seed than the reported results
     train_images: PositiveInt | None = None  # None: all images of a dataset, or 2,000 generated ones
     val_images: PositiveInt | None = None  # None: all images of a dataset, or 400 generated ones
     ratio_range: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)  # range of the random scale of training images

@@ -37,7 +37,7 @@ def card_data(
 # %% ../../nbs/51_inference.hub.ipynb #2ffc787f
 def model_card(
     notes: FileNotes,
-    repo_id: str = "organisation/name",  # where the model will be found
+    repo_id: str = "organisation/name",  # the model's id on the Hub
 ) -> ModelCard:
     """Write the card of a model from its description."""
     metrics = {name: f"{notes.metrics[name]:.1f}" for name in CARD_METRICS if notes.metrics.get(name) is not None}
@@ -91,4 +91,5 @@ class HubModel(ModelHubMixin):
         return cls.from_file(path, model_id, device, clip_weights)
 
     def generate_model_card(self, *arguments, repo_id: str = "organisation/name", **options) -> ModelCard:
+        """Write the card that `save_pretrained` and `push_to_hub` store."""
         return model_card(self.notes, repo_id)

@@ -40,7 +40,7 @@ def image_from_tensor(
     values = values.detach().cpu()
     if values.ndim not in (2, 3) or (values.ndim == 3 and len(values) not in (1, 3, 4)):
         raise UserError(
-            f"tensor: has shape {tuple(values.shape)}; a tensor is (H, W) or (1, 3 or 4, H, W), a batch a list"
+            f"tensor: has shape {tuple(values.shape)}; a tensor is (H, W) or (1, 3 or 4, H, W); pass a batch as a list"
         )
     if values.is_floating_point():
         if not (values >= 0).all() or not (values <= 1).all():
@@ -53,7 +53,7 @@ def image_from_pil(
     image: Image.Image,  # of any mode; it stays unchanged
     name: str = "image",  # for the message
 ) -> Tensor:  # (3, H, W) uint8, RGB; rotated by its EXIF orientation
-    """Turn a PIL image into an image; floating-point pixels raise `UserError`."""
+    """Turn a PIL image into an image; no pixels, floating-point ones, or grey outside 0..65535 raise `UserError`."""
     if 0 in image.size:
         raise UserError(f"{name}: has no pixels; pass another image")
     image = ImageOps.exif_transpose(image)
@@ -74,7 +74,7 @@ ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 def as_image(
     image: ImageLike,  # a path, a PIL image, an array or a tensor
 ) -> Tensor:  # (3, H, W) uint8, RGB
-    """Read or convert an image; anything else raises a `UserError` that names it."""
+    """Read or convert an image; an unreadable file and any other input raise a `UserError` that names it."""
     name = str(image) if isinstance(image, str | Path) else type(image).__name__
     if isinstance(image, str | Path):
         content = read_bytes(image)

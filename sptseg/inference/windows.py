@@ -35,7 +35,7 @@ def class_scores(
     seen: Sequence[int] = (),  # ids of the biased classes: the seen ones if training was inductive
     seen_bias: float = SEEN_BIAS,  # subtracted from their scores
 ) -> Tensor:  # (B, C, H, W)
-    """Compute sigmoid scores, minus `seen_bias` for seen classes."""
+    """Compute sigmoid scores, minus `seen_bias` for seen classes (calibrated stacking, Chao et al., ECCV 2016)."""
     bias = logits.new_zeros(logits.shape[1], 1, 1)
     bias[list(seen)] = seen_bias
     return logits.sigmoid().sub_(bias)
@@ -44,7 +44,7 @@ def class_scores(
 def default_stride(
     window: int,  # side of a window, pixels
 ) -> int:  # step between windows, pixels
-    """Return 5/6 of the window: 426 for windows of 512 pixels."""
+    """Return 426/512 of the window, about 5/6."""
     return window * 426 // 512
 
 
@@ -98,7 +98,7 @@ def average_windows(
 def slide_scores(
     model: Segmenter,
     image: Tensor,  # (1, 3, H, W), normalised
-    text: Tensor,  # (C, d) embeddings of all classes
+    text: Tensor,  # (C, d) or (C, T, d) embeddings of all classes, unit-norm
     *,
     stride: int,  # step between windows, pixels
     seen: Sequence[int] = (),  # see `class_scores`
@@ -119,7 +119,7 @@ MAX_QUERIES = 4096  # windows times queries decoded together
 class WindowFeatures:
     """The encoder's output for the n windows of one image."""
 
-    encoded: tuple[Tensor, ...]  # each with n windows along its first axis; patch embeddings (n, d, h, w) first
+    encoded: tuple[Tensor, ...]  # the decoder's first arguments, each with n windows along its first axis
     places: list[tuple]  # positions of the windows, see `window_places`
     window: tuple[int, int]  # (height, width), pixels
     sides: tuple[int, int]  # (H, W) of the image that was cut into windows
@@ -253,7 +253,7 @@ def labels_from_masks(
 def predict_labels(
     model: Segmenter,  # in evaluation mode
     image: Tensor,  # (1, 3, H, W), normalised
-    text: Tensor,  # (C, d) embeddings of all classes
+    text: Tensor,  # (C, d) or (C, T, d) embeddings of all classes, unit-norm
     *,
     stride: int,  # step between windows, pixels
     **options,  # of `labels_from_masks`: seen, seen_bias, output_size, threshold

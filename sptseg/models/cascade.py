@@ -17,7 +17,7 @@ from .encoder import PromptedEncoder
 
 # %% ../../nbs/38_models.cascade.ipynb #53a00006
 class TapEncoder(PromptedEncoder):
-    """The prompted encoder with the patches of further blocks (Cascade-CLIP)."""
+    """The prompted encoder with the patches of further blocks (Cascade-CLIP, Li et al., ICML 2024)."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ def mixing_weights(
 
 # %% ../../nbs/38_models.cascade.ipynb #53a00012
 class CascadeDecoder(MaskDecoder):
-    """The sum of three decoders: of shallow taps, deep taps and the last block (Cascade-CLIP)."""
+    """The sum of three decoders: of shallow taps, deep taps and the last block (Cascade-CLIP, Li et al., ICML 2024)."""
 
     def __init__(
         self,

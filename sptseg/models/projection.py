@@ -37,13 +37,13 @@ class FrozenEncoder(PromptedEncoder):
 def probability_logits(
     probabilities: Tensor,  # p, in [0, 1]
 ) -> Tensor:  # x of the same shape, with sigmoid(x) = p
-    """The logits of probabilities, at most 13.8 in size."""
+    """The logits of probabilities, between -13.8 and 13.8."""
     return torch.logit(probabilities.float(), eps=1e-6)
 
 
 def softmax_logits(
     logits: Tensor,  # l, (B, C, ...), of a softmax over the classes
-) -> Tensor:  # x of the same shape, with sigmoid(x) = softmax(l); at most 13.8 in size
+) -> Tensor:  # x of the same shape, with sigmoid(x) = softmax(l), between -13.8 and 13.8
     """The logits of softmax probabilities, without rounding of 1 - p."""
     largest, top = logits.float().max(1, keepdim=True)
     odds = (logits - largest).exp()
@@ -53,7 +53,7 @@ def softmax_logits(
 
 # %% ../../nbs/39a_models.projection.ipynb #39ap0016
 class ProjectionDecoder(MaskDecoder):
-    """Compare projected patch embeddings with class texts (after SPNet)."""
+    """Compare projected patch embeddings with class texts (after SPNet, Xian et al., CVPR 2019)."""
 
     def __init__(
         self,

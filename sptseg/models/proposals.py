@@ -23,13 +23,12 @@ class ProposalLayer(nn.Module):
         self,
         *,
         width: int,  # d
-        num_heads: int = 8,
         dropout: float = 0.1,
     ):
         super().__init__()
-        self.among = UpdateCross(width=width, num_heads=num_heads, dropout=dropout)
+        self.among = UpdateCross(width=width, dropout=dropout)
         self.norm = nn.LayerNorm(width)
-        cross = ZegCLIPCross(width=width, num_heads=num_heads, dropout=dropout)
+        cross = ZegCLIPCross(width=width, dropout=dropout)
         self.layer = DecoderLayer(cross=cross, width=width, dropout=dropout)
 
     def forward(self, queries: Tensor, feature_map: Tensor) -> Tensor:  # (B, Q, d), (B, d, h, w) → (B, Q, d)
@@ -98,7 +97,7 @@ CROPS_AT_ONCE = 64  # crops encoded together
 
 
 class ProposalEncoder(FrozenEncoder):
-    """From images to proposals and CLIP's embeddings of their crops."""
+    """From images to proposals and CLIP's embeddings of their crops (after ZegFormer and ZSSeg, 2022)."""
 
     def __init__(
         self,

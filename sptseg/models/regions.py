@@ -42,9 +42,7 @@ def attention_allowed(
     grid: tuple[int, int],  # (h, w), patches
     regions: int,  # r, regions per side
     num_prompts: int,  # M
-) -> (
-    np.ndarray
-):  # (1 + N + R, 1 + N + R + M) bool; order of rows: cls, patches, regions; of columns: these, then prompts
+) -> np.ndarray:  # (1 + N + R, 1 + N + R + M) bool; rows: cls, patches, regions; columns: these, then prompts
     """The pairs of tokens of which the first attends to the second."""
     own = patch_regions(grid, regions).flatten()[:, None] == np.arange(regions**2)
     own = np.concatenate([np.zeros((1, regions**2)), own])  # the class token has no region
@@ -54,7 +52,7 @@ def attention_allowed(
 
 # %% ../../nbs/39_models.regions.ipynb #48a00012
 class RegionEncoder(PromptedEncoder):
-    """The prompted encoder with one more token for each of r² regions (CLIP-RC)."""
+    """The prompted encoder with one more token for each of r² regions (CLIP-RC, Zhang et al., CVPR 2024)."""
 
     def __init__(
         self,
@@ -165,7 +163,7 @@ def recovery_loss(
 
 # %% ../../nbs/39_models.regions.ipynb #48a00023
 class RegionDecoder(MaskDecoder):
-    """Masks from queries per region and class, by two-way layers (CLIP-RC)."""
+    """Masks from queries per region and class, by two-way layers (CLIP-RC, Zhang et al., CVPR 2024)."""
 
     training_only = ("recovery",)
 

@@ -80,7 +80,7 @@ def check_distinct(
     label_set: LabelSet,  # C names
     clip_name: str,
 ) -> Tensor:  # `embeddings`
-    "Two classes with the same embedding raise `UserError`: their masks would always be equal; so do two templates."
+    "Two classes with the same embedding raise `UserError`, as their masks would be equal; see also `check_templates`."
     for index, row in enumerate(embeddings):
         same = (embeddings[:index] - row).abs().flatten(1).amax(1) < 1e-6
         if same.any():
@@ -96,7 +96,7 @@ def check_templates(
     label_set: LabelSet,  # C names, T templates
     clip_name: str,
 ) -> Tensor:  # `embeddings`
-    "Fewer than two templates, or two with the same embedding for a class, raise `UserError`."
+    "Fewer than two templates, or two that give every class the same embedding, raise `UserError`."
     templates = label_set.templates
     if len(templates) < 2:
         raise UserError(f"templates: {templates[0]!r} is the only one; this method compares several, so list them")
@@ -129,7 +129,7 @@ def class_embeddings(
     cache_dir: str | Path | None = None,  # None: `cache_root()`
     apart: bool = False,  # keep the templates apart
 ) -> Tensor:  # (C, d) float32, unit-norm rows, on the CPU; apart: (C, T, d)
-    "Text embeddings of all classes, cached; names that CLIP cannot tell apart raise `UserError`."
+    "Text embeddings of all classes, cached; words that CLIP does not know, and equal embeddings, raise `UserError`."
     check_vocabulary(clip, label_set)
     file = cache_file(clip, label_set, cache_dir, apart)
     try:

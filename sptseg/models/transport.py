@@ -56,7 +56,7 @@ def sinkhorn(
     threshold: float = THRESHOLD,  # of the mean change; 0: do all rounds
     epsilon: float = EPSILON,  # ε of the kernel
 ) -> tuple[Tensor, list[Tensor], Tensor]:  # a, the scales b before and after every round, and each entry's rounds (B,)
-    """Find the scales of the plan by Sinkhorn's algorithm."""
+    """Find the scales of the plan by Sinkhorn's algorithm (Cuturi, NeurIPS 2013)."""
     a, b = torch.ones_like(kernel[..., :1, :]), torch.ones_like(kernel[..., :1])
     history, done = [b], kernel.new_zeros(kernel.shape[0], dtype=torch.long)
     active = (done == 0).view(-1, *[1] * (kernel.ndim - 1))
@@ -110,8 +110,8 @@ class TransportPlan(torch.autograd.Function):
 
 # %% ../../nbs/37_models.transport.ipynb #41a10033
 def sinkhorn_graph(
-    kernel: Tensor,  # and the others as in `sinkhorn`
-    stop: str = "image",
+    kernel: Tensor,  # K, (B, ..., T, N), positive
+    stop: str = "image",  # this and the next three as in `sinkhorn`
     rounds: int = MAX_ROUNDS,
     threshold: float = THRESHOLD,
     epsilon: float = EPSILON,
@@ -204,7 +204,7 @@ class TransportCross(nn.Module):
 
 # %% ../../nbs/37_models.transport.ipynb #41a10022
 class TransportDecoder(Decoder):
-    """Masks of OTSeg from the texts of every template."""
+    """Masks of OTSeg (Kim et al., ECCV 2024) from the texts of every template."""
 
     crosses = {"transport": TransportCross}
 
@@ -247,10 +247,10 @@ class TransportDecoder(Decoder):
         decoder, score = self.paths(feature_map, cls, text)
         return DecoderOutputs((decoder + score) / 2, {"decoder": decoder, "score": score}, {})
 
-
+# %% ../../nbs/37_models.transport.ipynb #41a10036
 def set_transports(
     model: nn.Module,  # its transports are changed
-    **options,  # of `Transport`; rounds with threshold 0 make a graph without loops that depend on the data
+    **options,  # of `Transport`
 ) -> nn.Module:  # `model`
     """Change the options of every transport of a model."""
     for module in model.modules():
