@@ -6,8 +6,9 @@
 __all__ = ['Commands', 'SETTINGS_HELP', 'MODEL_HELP', 'CLIP_HELP', 'DATASETS', 'describe', 'add_command', 'add_settings',
            'no_setting', 'add_train_commands', 'add_evaluate_command', 'add_device_arguments', 'add_model_arguments',
            'add_predict_commands', 'add_export_command', 'add_app_command', 'add_prepare_commands',
-           'add_report_command', 'add_data_convert_command', 'add_data_commands', 'add_release_commands', 'make_parser',
-           'parse_arguments', 'plain_messages', 'error_line', 'output_is_closed', 'main']
+           'add_report_command', 'add_data_convert_command', 'process_count', 'add_data_commands',
+           'add_release_commands', 'make_parser', 'parse_arguments', 'plain_messages', 'error_line', 'output_is_closed',
+           'main']
 
 # %% ../nbs/90_cli.ipynb #485c49d5
 import argparse
@@ -67,7 +68,7 @@ def add_command(
     return command
 
 # %% ../nbs/90_cli.ipynb #90cl0003
-SETTINGS_HELP = "settings that replace the recipe's, for instance seed=1 iterations=200"
+SETTINGS_HELP = "settings that replace the recipe's, for instance seed=1 data_root=/data/voc"
 
 
 def add_settings(command: argparse.ArgumentParser) -> None:
@@ -102,15 +103,16 @@ def add_evaluate_command(commands: Commands) -> None:
     evaluate = add_command(commands, "evaluate", run_evaluate, title, *examples)
     folder = "folder of the run, as written by `sptseg train`"
     evaluate.add_argument("run", type=no_setting, metavar="run_folder", help=folder)
-    evaluate.add_argument("--recipe", help="recipe that says how to evaluate (default: the run's own)")
-    evaluate.add_argument("--best", action="store_true", help="weights of the best evaluation, not the last ones")
+    evaluate.add_argument("--recipe", help="recipe of the evaluation (default: the run's own)")
+    best = "use the weights of the best evaluation, not the last ones"
+    evaluate.add_argument("--best", action="store_true", help=best)
     evaluate.add_argument("--out", type=Path, help="JSON file to write (default: in the folder of the run)")
     evaluate.add_argument("--details", type=Path, help="folder for predictions, confusion and the worst images")
     add_settings(evaluate)
     evaluate.add_argument("--quiet", action="store_true", help="no progress bars")
 
 # %% ../nbs/90_cli.ipynb #90cl0007
-MODEL_HELP = "a shipped name, a run's folder, a file of weights, or an id on the Hub"
+MODEL_HELP = "name of a shipped model, folder of a run, file of weights, or id on the Hub"
 CLIP_HELP = "weights of the model's CLIP (default: those of the training)"
 
 
@@ -226,17 +228,24 @@ def add_data_convert_command(kinds: Commands) -> None:
     convert.add_argument("--split", choices=("train", "val"), default="train", help=split)
 
 # %% ../nbs/90_cli.ipynb #90cl0015
+def process_count(text: str) -> int:  # 0 or more
+    """Read a number of processes; a negative number, or no number, raises `ArgumentTypeError`."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes; use 0 or more")
+    return int(text)
+
+# %% ../nbs/90_cli.ipynb #b2890f7d
 def add_data_commands(commands: Commands) -> None:
     """Add the command `data` with its own commands."""
-    title, example = "prepare and check a dataset, or report its content", "data voc --root /data/voc --download"
+    title, example = "prepare, report or convert a dataset", "data voc --root /data/voc --download"
     data = commands.add_parser("data", help=title, **describe(title, example))
-    kinds = data.add_subparsers(required=True, metavar="WHAT")
+    kinds = data.add_subparsers(required=True, metavar="COMMAND")
     add_prepare_commands(kinds)
     add_report_command(kinds)
     add_data_convert_command(kinds)
-    workers = "processes (default: one per core)"
+    workers = "number of processes; 0: only the command's own (default: one per core)"
     for command in kinds.choices.values():
-        command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help=workers)
+        command.add_argument("--workers", type=process_count, default=os.cpu_count() or 1, help=workers)
         command.add_argument("--quiet", action="store_true", help="no progress bars")
 
 # %% ../nbs/90_cli.ipynb #90cl0017
@@ -247,12 +256,13 @@ def add_release_commands(commands: Commands) -> None:
     convert = add_command(commands, "convert", run_convert, title, example)
     convert.add_argument("checkpoint", type=Path, help="checkpoint of the release (.pth); no code in it is executed")
     convert.add_argument("out", type=Path, help="folder to write")
-    recipe = "recipe of its model and data (default: %(default)s)"
+    recipe = "recipe of the checkpoint's model and data (default: %(default)s)"
     convert.add_argument("--recipe", default="table1/voc/zegclip", help=recipe)
-    convert.add_argument("--unchecked", action="store_true", help="do not compare its CLIP with the recipe's")
+    unchecked = "do not compare the checkpoint's CLIP with the recipe's"
+    convert.add_argument("--unchecked", action="store_true", help=unchecked)
     add_settings(convert)
-    title, example = "compare with vectors recorded from the authors' code", "check-reference tests/reference"
-    check = add_command(commands, "check-reference", run_check_reference, title, example)
+    title = "compare this implementation with vectors recorded from the authors' code"
+    check = add_command(commands, "check-reference", run_check_reference, title, "check-reference tests/reference")
     check.add_argument("folder", type=Path, help="folder with manifest.json and the cases, such as tests/reference")
     check.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
 

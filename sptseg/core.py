@@ -32,7 +32,7 @@ import yaml
 # %% ../nbs/01_core.ipynb #c832b3d5
 IGNORE = 255  # label of a pixel that has no class: void borders, padding, and unseen classes in inductive training
 UNSEEN = 254  # label of a pixel of some unseen class in transductive training, before it gets a pseudo-label
-BYTE_CLASSES = 253  # so many classes have labels of one byte; more have labels of 16 bits
+BYTE_CLASSES = 253  # most classes whose labels take one byte; with more, labels take 16 bits
 
 
 def ignore_label(
@@ -71,7 +71,7 @@ def error_text(
 # %% ../nbs/01_core.ipynb #c0re0001
 def nearest_name(
     name: str,  # as typed by the user
-    names: Iterable[str],  # what exists
+    names: Iterable[str],  # the known names
 ) -> str:  # "did you mean 'lr'?", or "" if no name is near
     """Suggest the name that was meant."""
     close = difflib.get_close_matches(name, list(names), 1)
@@ -79,7 +79,7 @@ def nearest_name(
 
 # %% ../nbs/01_core.ipynb #de13fbc7
 class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader; a key that stands twice in a mapping raises `UserError`."""
+    """YAML's safe loader; a key that occurs twice in a mapping raises `UserError`."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         lines = {}
@@ -90,7 +90,7 @@ class UniqueKeyLoader(yaml.SafeLoader):
             lines[name] = line
         return super().construct_mapping(node, deep)
 
-
+# %% ../nbs/01_core.ipynb #f9244aeb
 def parse_yaml(
     text: str,
     source: str,  # where it comes from, for the message
@@ -139,7 +139,7 @@ def check_type(
 def check_parameters(
     namespace: dict,  # of the notebook: `globals()`
 ) -> dict[str, object]:  # the parameters that papermill replaced
-    """Return what papermill set; a name that the notebook lacks, or a value of another type, raises `UserError`."""
+    """Return papermill's parameters; an unknown name, or a value of another type, raises `UserError`."""
     known, given = {}, {}
     for cell in namespace.get("In", ()):
         if cell.startswith("# Parameters\n"):
@@ -180,7 +180,7 @@ def write_atomically(
 # %% ../nbs/01_core.ipynb #4032708b
 def save_json(
     path: str | Path,  # the file to write or replace
-    content: dict,  # what `json` can write; NaN is refused, use None for "not available"
+    content: dict,  # of types that `json` writes; NaN raises `ValueError`, use None for "not available"
 ) -> Path:  # `path`
     """Write `content` as JSON, atomically."""
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -191,7 +191,7 @@ def asset_path(
     relative: str,  # for instance "label_sets/voc.yaml"
     package: str = "assets",  # "assets" (the checkout's data/) or "experiments" (its nbs/experiments/)
 ) -> Path:  # an existing file or folder
-    """Where a file that ships with sptseg lies; raises `UserError` if it does not exist."""
+    """Return the path of a file that ships with sptseg; raise `UserError` if it does not exist."""
     path = Path(str(resources.files(f"sptseg.{package}") / relative))
     if not path.exists():
         raise UserError(
@@ -283,7 +283,7 @@ def git_commit() -> str | None:  # for instance "1f3c2ab" or "1f3c2ab+changes"; 
 
 # %% ../nbs/01_core.ipynb #82098ba6
 def provenance() -> dict:  # "commit", "python", "platform" and the version of every library that shapes results
-    """What to write beside a number so that it can be computed again."""
+    """Collect the commit, the platform and the versions that are needed to compute a number again."""
     libraries = [
         "sptseg",
         "torch",

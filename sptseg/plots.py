@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'STYLE', 'SYMBOL_FONTS', 'MISSING', 'COLOUR_WORDS', 'use_style', 'font_letters', 'add_fonts', 'drawn_name',
-           'colours_by_name', 'label_palette', 'colour_mask', 'show_images', 'show_segmentations', 'plot_history',
-           'plot_class_iou', 'draw_class_bars', 'save_figure']
+           'colours_by_name', 'label_palette', 'colour_mask', 'show_images', 'show_segmentations', 'add_class_legend',
+           'plot_history', 'plot_class_iou', 'draw_class_bars', 'figure_format', 'save_figure']
 
 # %% ../nbs/02_plots.ipynb #3a52839a
 import warnings
@@ -19,12 +19,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 from torch import Tensor
 
-from .core import ignore_label, write_atomically
+from .core import UserError, ignore_label, write_atomically
 
 # %% ../nbs/02_plots.ipynb #24bccf2c
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000"]  # Okabe & Ito
@@ -48,7 +49,7 @@ def use_style() -> None:
 
 # %% ../nbs/02_plots.ipynb #02d0a002
 SYMBOL_FONTS = ("Last Resort", "cm", "STIXSize", "STIXNonUnicode")  # beginnings of names of fonts without real letters
-MISSING: set[str] = set()  # letters without a font that were warned of
+MISSING: set[str] = set()  # letters without a font that a warning has already named
 
 
 @cache
@@ -80,10 +81,10 @@ def add_fonts(
         missing = missing - found
     return missing
 
-
+# %% ../nbs/02_plots.ipynb #7c327341
 def drawn_name(
     name: str,  # of a class, a method or an image
-) -> str:  # what matplotlib has to be given; call it before the figure is made, whose titles keep their fonts
+) -> str:  # text for matplotlib; call this before the figure is made, because titles keep their fonts
     """Prepare a name so that it is drawn as it is written."""
     if new := add_fonts(name) - MISSING:
         MISSING.update(new)
@@ -109,7 +110,7 @@ COLOUR_WORDS = {  # (hue, lowest lightness, highest lightness, saturation) of a 
 def colours_by_name(
     names: Sequence[str],  # of classes, each beginning with a word of `COLOUR_WORDS`
 ) -> list[tuple[float, float, float]]:  # RGB in 0..1, one per class
-    """The colour that a name says, lighter from class to class of the same colour."""
+    """Return the colour that each name begins with, lighter from class to class of the same colour."""
     words = [name.split()[0] for name in names]
     colours = []
     for index, word in enumerate(words):
@@ -118,11 +119,11 @@ def colours_by_name(
         colours.append(hls_to_rgb(hue, low + place * (high - low), saturation))
     return colours
 
-
+# %% ../nbs/02_plots.ipynb #2f276ecf
 def label_palette(
     classes: int | Sequence[str],  # C, or the names of the C classes
 ) -> np.ndarray:  # (256, 3) uint8, RGB, or (65536, 3) beyond 253 classes; the last row, 'no label', is white
-    """A colour for every class id; names that all begin with a colour choose it."""
+    """Choose a colour for every class id, or take it from the names if all of them begin with a colour."""
     names = () if isinstance(classes, int) else classes
     if names and all(name.split()[0] in COLOUR_WORDS for name in names):
         colours = np.array(colours_by_name(names))
@@ -192,14 +193,24 @@ def show_segmentations(
             present |= set(np.unique(ids).tolist()) - {ignore}
             if np.isin(ids, unseen).any():
                 axis.contour(np.isin(ids, unseen), levels=[0.5], colors="black", linewidths=1)
+    add_class_legend(figure, sorted(present), names, unseen)
+    return figure
+
+# %% ../nbs/02_plots.ipynb #c0f2b284
+def add_class_legend(
+    figure: Figure,
+    present: Sequence[int],  # ids of the classes to list
+    names: Sequence[str],  # names of all C classes
+    unseen: Sequence[int] = (),  # ids of unseen classes, marked with a star
+) -> None:
+    """Add a legend of classes to the right of a figure."""
     palette = label_palette(names) / 255
-    texts = [drawn_name(names[c]) + (" *" if c in unseen else "") for c in sorted(present)]
-    handles = [Patch(color=palette[c], label="name") for c in sorted(present)]
+    texts = [drawn_name(names[c]) + (" *" if c in unseen else "") for c in present]
+    handles = [Patch(color=palette[c], label="name") for c in present]
     look = {"fontsize": 7, "title": "* unseen" if unseen else None, "title_fontsize": 7, "handlelength": 1}
     legend = figure.legend(handles=handles, loc="outside right center", **look)
     for label, text in zip(legend.get_texts(), texts, strict=True):  # a handle whose label begins with "_" is left out
         label.set_text(text)
-    return figure
 
 # %% ../nbs/02_plots.ipynb #f03ee8f0
 def plot_history(
@@ -257,13 +268,25 @@ def draw_class_bars(
         axis.bar(places, values, width, label=method)
 
 # %% ../nbs/02_plots.ipynb #5a7ef101
+def figure_format(
+    path: str | Path,  # a file to write
+) -> str:  # such as "pdf"; "png" for a path without suffix
+    """Return the format that the suffix of a path names; an unknown one, or a folder, raises `UserError`."""
+    kind = Path(path).suffix[1:].lower() or "png"
+    if Path(path).is_dir():
+        raise UserError(f"{path}: is a folder; name a file in it, for instance {Path(path) / 'figure.png'}")
+    if kind not in FigureCanvasBase.get_supported_filetypes():
+        raise UserError(f"{path}: a figure cannot have the format {kind!r}; use .png, .pdf or .svg")
+    return kind
+
+# %% ../nbs/02_plots.ipynb #2e5704e3
 def save_figure(
     figure: Figure,
-    path: str | Path,  # written or replaced; its suffix names the format, and without one it is a PNG
+    path: str | Path,  # written or replaced, see `figure_format`
     dpi: int | None = None,  # pixels per inch; None: that of `STYLE`
 ) -> Path:  # `path`
-    """Save a figure atomically as PNG, PDF or any other format of matplotlib."""
-    kind, dpi = Path(path).suffix[1:].lower() or "png", dpi or STYLE["savefig.dpi"]
+    """Save a figure atomically as PNG, PDF or any other format of matplotlib; another one raises `UserError`."""
+    kind, dpi = figure_format(path), dpi or STYLE["savefig.dpi"]
     if kind != "png":
         undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
         return write_atomically(path, lambda file: figure.savefig(file, format=kind, dpi=dpi, metadata=undated))

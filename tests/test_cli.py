@@ -191,6 +191,30 @@ def test_an_output_that_is_a_file_is_left_alone(row, capsys):
     assert snapshot(row.parent) == before
 
 
+BAD_PLACES = {  # what is wrong: (arguments, what the line must say)
+    "a folder for a figure": (["data", "report", "glyphs-20", "--out", "empty"], "empty: is a folder"),
+    "a figure of an unknown format": (["data", "report", "glyphs-20", "--out", "a.xyz"], "a.xyz: a figure cannot"),
+    "a folder for metrics": (["evaluate", "run", "--out", "empty"], "empty: is a folder"),
+    "a file for details": (["evaluate", "run", "--details", "row.yaml"], "row.yaml: is a file"),
+    "a file for a dataset": (["data", "voc", "--root", "row.yaml", "--download"], "row.yaml: is a file"),
+    "a file for masks": (["data", "convert", "config.yaml", "--root", "row.yaml"], "row.yaml: is a file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PLACES)
+def test_the_places_of_results_are_checked_before_the_work(row, capsys, case):
+    arguments, expected = BAD_PLACES[case]
+    (row.parent / "empty").mkdir()
+    before = snapshot(row.parent)
+    assert refusal(capsys, *arguments).startswith(expected) and snapshot(row.parent) == before
+
+
+def test_a_negative_number_of_processes_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["data", "report", "glyphs-20", "--workers", "-1"])
+    assert "'-1' is not a number of processes; use 0 or more" in capsys.readouterr().err
+
+
 BAD_LABEL_SETS = {
     "both": ({"classes": ["cat", "dog"], "seen": ["cat", "dog"], "unseen": ["dog"]}, ["'dog'", "both"]),
     "empty": ({"classes": []}, ["classes", "empty"]),

@@ -41,9 +41,17 @@ def check_address(
 
 # %% ../../nbs/79_app.server.ipynb #78a10018
 MAX_UPLOAD = "64mb"  # size of an uploaded file
-CLOSED = {
-    **{"share": False, "allowed_paths": [], "max_file_size": MAX_UPLOAD, "footer_links": [], "run_history": False},
-    **{"enable_monitoring": False, "ssr_mode": False, "pwa": False, "mcp_server": False, "state_session_capacity": 32},
+CLOSED = {  # arguments of Gradio's `launch`
+    "share": False,
+    "allowed_paths": [],
+    "max_file_size": MAX_UPLOAD,
+    "footer_links": [],
+    "run_history": False,
+    "enable_monitoring": False,
+    "ssr_mode": False,
+    "pwa": False,
+    "mcp_server": False,
+    "state_session_capacity": 32,
 }
 
 # %% ../../nbs/79_app.server.ipynb #79sv0002
@@ -52,8 +60,12 @@ def private_settings(
     folder: str,  # for uploads and results
 ) -> Iterator[None]:
     """Let Gradio keep its files in one folder, open no other one and send no statistics while the `with` block runs."""
-    settings = {"GRADIO_TEMP_DIR": folder, "GRADIO_EXAMPLES_CACHE": folder, "GRADIO_ALLOWED_PATHS": ""}
-    settings |= {"GRADIO_ANALYTICS_ENABLED": "False"}
+    settings = {
+        "GRADIO_TEMP_DIR": folder,
+        "GRADIO_EXAMPLES_CACHE": folder,
+        "GRADIO_ALLOWED_PATHS": "",
+        "GRADIO_ANALYTICS_ENABLED": "False",
+    }
     before = {key: os.environ.pop(key, None) for key in settings}
     os.environ.update(settings)
     try:

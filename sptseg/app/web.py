@@ -30,7 +30,7 @@ def legend_entry(
     name: str,  # of a class
     share: float,  # of the pixels, 0..1
 ) -> str:
-    """Write the share of a class in percent behind its name."""
+    """Append the share of a class, in percent, to its name."""
     return f"{name} {share:.0%}" if share >= 0.01 else f"{name} <1%"
 
 # %% ../../nbs/78_app.web.ipynb #77a10009

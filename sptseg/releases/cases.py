@@ -57,7 +57,7 @@ def run_backbone(tensors: dict[str, Tensor], state: dict[str, Tensor], config: d
     visual, modules = encoder.visual, {"ln_pre": encoder.visual.ln_pre, "blocks": encoder.run_block}
     with recorded(modules, lambda module, inputs, output: (*inputs, output)) as calls:
         patches, cls, *others = encoder(tensors["image"])
-    grid, count = patches.shape[-2:], 1 + patches[0, 0].numel()  # behind these tokens stand those of regions
+    grid, count = patches.shape[-2:], 1 + patches[0, 0].numel()  # region tokens follow these
     first, blocks = calls["ln_pre"][-1][-1], [with_prompt_outputs(*parts, count=count) for parts in calls["blocks"]]
     normed = encoder.prompt_norm(blocks[-1])
     inter = {"ln_pre": first, "prompt_norm": normed, "ln_post": visual.ln_post(normed)}

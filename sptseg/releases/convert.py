@@ -95,7 +95,7 @@ def about_equal(
     theirs: Tensor,
     ours: Tensor,
 ) -> bool:
-    """Compare two tensors, up to half-precision rounding; other shapes are different."""
+    """Compare two tensors up to half-precision rounding; tensors of different shapes are unequal."""
     if theirs.shape != ours.shape:
         return False
     theirs, ours = theirs.float(), ours.float()
@@ -124,7 +124,7 @@ def check_clip(
 ) -> ClipModel:  # the CLIP that it was compared with
     """Compare the checkpoint's encoder with the recipe's CLIP; a difference raises `UserError`."""
     if not clip_config(recipe.clip).get("quick_gelu"):
-        raise UserError(f"clip: {recipe.clip!r} uses GELU, but both releases use QuickGELU; name a CLIP with QuickGELU")
+        raise UserError(f"clip: {recipe.clip!r} uses GELU, but the releases use QuickGELU; name a CLIP with QuickGELU")
     try:
         clip = load_clip(recipe.clip, weights=recipe.clip_weights)
     except UserError as error:

@@ -76,7 +76,7 @@ def run_layers(state: dict[str, Tensor], queries: Tensor, maps: Tensor, heads: i
 
 # %% ../../nbs/74_releases.heads.ipynb #73a00010
 def region_head(decoder: RegionDecoder, maps: Tensor, cls: Tensor, regions: Tensor, text: Tensor) -> dict[str, Tensor]:
-    """Every layer of CLIP-RC's decoder, and what its recovery decoder returns."""
+    """Every layer of CLIP-RC's decoder, and the outputs of its recovery decoder."""
     descriptors, features = decoder.descriptors(cls, regions, text), decoder.features(maps, cls, regions)
     layers = {str(index): layer for index, layer in enumerate(decoder.layers)}
     with recorded(layers) as calls:
@@ -98,7 +98,7 @@ def region_head(decoder: RegionDecoder, maps: Tensor, cls: Tensor, regions: Tens
 def cascade_head(
     decoder: CascadeDecoder, maps: Tensor, cls: Tensor, taps: Tensor, text: Tensor, *, state: dict, heads: int
 ) -> dict[str, Tensor]:
-    """Every layer of the three decoders of Cascade-CLIP, and what they attend to."""
+    """Every layer of the three decoders of Cascade-CLIP, and the mixed taps that they attend to."""
     memories = decoder.memories(maps, taps)
     descriptors = relationship_descriptor(text, cls)
     queries = [stage.query_projection(descriptors) for stage in decoder.stages]

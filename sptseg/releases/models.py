@@ -231,7 +231,7 @@ def read_layer(
     *,
     heads: int = 8,  # see `count_heads`
     transport: bool = False,  # see `translate_state`
-) -> nn.Module:  # a complete `DecoderLayer`, also for the last layer
+) -> nn.Module:  # a complete `DecoderLayer`, even for the last layer
     """Build one decoder layer completely and load it; weights that do not fit raise `UserError`."""
     translation = translate_state(with_following_layer(state, index))
     tensors = part(translation.tensors, f"decoder.layers.{index}.")

@@ -78,7 +78,7 @@ def load_case(
     folder: Path,  # of the reference set
     case: dict,  # its entry in the manifest
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:  # inputs, state, outputs
-    """Read a case's tensors."""
+    """Read the tensors of a case; a file that is missing, unreadable or without outputs raises `UserError`."""
     try:
         tensors = load_file(folder / case["file"])
         source = load_file(folder / case["state_from"]) if case.get("state_from") else tensors
