@@ -1,6 +1,7 @@
 """Exported models: one file that labels windows as `predict` does, or no file at all."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -223,6 +224,16 @@ def test_a_model_too_large_for_onnx_is_refused(predictor, tmp_path, monkeypatch)
     monkeypatch.setattr(export, "ONNX_LIMIT", 10_000)
     with pytest.raises(UserError, match="2 GiB.*torch-export"):
         export_model(predictor, tmp_path / "model.onnx")
+
+
+def test_a_model_that_pytorch_cannot_convert_is_refused(predictor, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise torch.onnx.OnnxExporterError("no translation")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(UserError, match=rf"model.onnx: PyTorch {re.escape(torch.__version__)} cannot.*torch-export"):
+        export_model(predictor, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_command_exports_a_shipped_model(tmp_path, capsys):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ..core import import_extra
+from ..core import UserError, import_extra
 from ..inference.windows import class_scores, resize_masks
 from ..models.prompts import MatmulSpectralPrompt
 from ..models.segmenter import Segmenter
@@ -113,12 +113,16 @@ def write_onnx(
     path: Path,
     notes: dict,  # to store in the file, as JSON
 ) -> None:
-    """Write an ONNX file of opset 18."""
+    """Write an ONNX file of opset 18; a model that PyTorch cannot convert raises `UserError`."""
     shapes = ({0: "batch"}, {0: "classes"})[: len(input_names(program))]
     names = {"input_names": input_names(program), "output_names": list(OUTPUTS), "dynamic_shapes": shapes}
     table = {torch.ops.aten.scaled_dot_product_attention.default: onnx_attention}
     options = {"opset_version": 18, "custom_translation_table": table, "verbose": False}
-    onnx = torch.onnx.export(program, dynamo=True, **names, **options)
+    try:
+        onnx = torch.onnx.export(program, dynamo=True, **names, **options)
+    except torch.onnx.OnnxExporterError as error:
+        cannot = f"PyTorch {torch.__version__} cannot write this model as ONNX"
+        raise UserError(f"{path}: {cannot}; update PyTorch, or use the format torch-export") from error
     onnx.model.metadata_props.update({key: json.dumps(value, ensure_ascii=False) for key, value in notes.items()})
     onnx.save(path, external_data=False)
 

@@ -89,8 +89,8 @@ def masked_crops(
     inside = (full >= 0).flatten(0, 1)
     squares, each = mask_squares(inside), torch.arange(inside.shape[0], device=images.device)[:, None]
     options = {"output_size": size, "sampling_ratio": 2, "aligned": True}
-    pixels = roi_align(images, torch.cat([each // masks.shape[1], squares], 1), **options)
-    return pixels * roi_align(inside[:, None].to(images.dtype), torch.cat([each, squares], 1), **options)
+    pixels = roi_align(images, torch.cat([(each // masks.shape[1]).to(squares), squares], 1), **options)
+    return pixels * roi_align(inside[:, None].to(images.dtype), torch.cat([each.to(squares), squares], 1), **options)
 
 # %% ../../nbs/39b_models.proposals.ipynb #39bq0012
 CROPS_AT_ONCE = 64  # crops encoded together
