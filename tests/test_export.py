@@ -231,7 +231,7 @@ def test_a_model_that_pytorch_cannot_convert_is_refused(predictor, tmp_path, mon
         raise torch.onnx.OnnxExporterError("no translation")
 
     monkeypatch.setattr(torch.onnx, "export", fail)
-    with pytest.raises(UserError, match=rf"model.onnx: PyTorch {re.escape(torch.__version__)} cannot.*torch-export"):
+    with pytest.raises(UserError, match=rf"format onnx: PyTorch {re.escape(torch.__version__)} cannot.*torch-export"):
         export_model(predictor, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 

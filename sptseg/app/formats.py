@@ -121,8 +121,8 @@ def write_onnx(
     try:
         onnx = torch.onnx.export(program, dynamo=True, **names, **options)
     except torch.onnx.OnnxExporterError as error:
-        cannot = f"PyTorch {torch.__version__} cannot write this model as ONNX"
-        raise UserError(f"{path}: {cannot}; update PyTorch, or use the format torch-export") from error
+        cannot = f"format onnx: PyTorch {torch.__version__} cannot convert this model"
+        raise UserError(f"{cannot}; update PyTorch, or use the format torch-export") from error
     onnx.model.metadata_props.update({key: json.dumps(value, ensure_ascii=False) for key, value in notes.items()})
     onnx.save(path, external_data=False)
 
