@@ -12,6 +12,7 @@ import yaml
 from sptseg.core import UserError, save_json
 from sptseg.evaluation.metrics import HEADLINE
 from sptseg.paper import formats, tables
+from sptseg.paper.curves import SCORES, belongs_to
 from sptseg.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -217,3 +218,12 @@ def test_a_copy_of_the_project_reads_its_own_records(kernel, root):
     executed = kernel("tables", root, table="table4", seeds=[0], folder="figures")
     assert "12.3" in (root / "figures/glyphs-20-table4.md").read_text()
     assert "1 of 3 runs are finished" in executed.read_text()
+
+
+@pytest.mark.parametrize(("setting", "gamma"), [("inductive", 0.1), ("transductive", 0.0), ("supervised", 0.0)])
+def test_a_calibration_curve_is_compared_where_its_run_was_tested(setting, gamma):
+    """Only inductive runs are tested with calibrated stacking."""
+    curve = pd.DataFrame(dict.fromkeys(SCORES, [1.0, 2.0]), index=pd.Index([0.0, 0.1], name="γ"))
+    record = {"recipe": {"seen_bias": 0.1, "setting": setting}, "metrics": curve.loc[gamma].to_dict()}
+    assert belongs_to(curve, record) and not belongs_to(curve + 1e-3, record)
+    assert not belongs_to(curve[::-1].set_axis(curve.index), record)

@@ -39,7 +39,8 @@ def belongs_to(
     record: dict,
 ) -> bool:
     """Whether a curve has the metrics of a record at the record's γ."""
-    gamma, metrics = record["recipe"]["seen_bias"], record["metrics"]
+    recipe, metrics = record["recipe"], record["metrics"]
+    gamma = recipe["seen_bias"] if recipe["setting"] == "inductive" else 0.0
     return gamma in curve.index and all(abs(curve.loc[gamma, name] - metrics[name]) < 1e-6 for name in SCORES)
 
 # %% ../../nbs/83b_paper.curves.ipynb #83b00006
