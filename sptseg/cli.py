@@ -6,9 +6,8 @@
 __all__ = ['Commands', 'SETTINGS_HELP', 'MODEL_HELP', 'CLIP_HELP', 'DATASETS', 'describe', 'add_command', 'add_settings',
            'no_setting', 'add_train_commands', 'add_evaluate_command', 'add_device_arguments', 'add_model_arguments',
            'add_predict_commands', 'add_export_command', 'add_app_command', 'add_prepare_commands',
-           'add_report_command', 'add_data_convert_command', 'process_count', 'add_data_commands',
-           'add_release_commands', 'make_parser', 'parse_arguments', 'plain_messages', 'error_line', 'output_is_closed',
-           'main']
+           'add_report_command', 'add_data_convert_command', 'add_data_commands', 'add_release_commands', 'make_parser',
+           'parse_arguments', 'plain_messages', 'error_line', 'output_is_closed', 'main']
 
 # %% ../nbs/90_cli.ipynb #485c49d5
 import argparse
@@ -24,6 +23,7 @@ import shtab
 
 import sptseg
 from sptseg.commands import (
+    process_count,
     run_app,
     run_check_reference,
     run_convert,
@@ -227,13 +227,6 @@ def add_data_convert_command(kinds: Commands) -> None:
     split = "split that the JSON file becomes (default: train); a config.yaml names its splits"
     convert.add_argument("--split", choices=("train", "val"), default="train", help=split)
 
-# %% ../nbs/90_cli.ipynb #90cl0015
-def process_count(text: str) -> int:  # 0 or more
-    """Read a number of processes; a negative number, or no number, raises `ArgumentTypeError`."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes; use 0 or more")
-    return int(text)
-
 # %% ../nbs/90_cli.ipynb #b2890f7d
 def add_data_commands(commands: Commands) -> None:
     """Add the command `data` with its own commands."""
@@ -269,10 +262,8 @@ def add_release_commands(commands: Commands) -> None:
 # %% ../nbs/90_cli.ipynb #05aeaee4
 def make_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands and their arguments."""
-    about = describe(
-        "zero-shot semantic segmentation with SPT-SEG, ZegCLIP and their family", "recipes", "train demo/spt-seg"
-    )
-    parser = argparse.ArgumentParser(prog="sptseg", **about)
+    title = "zero-shot semantic segmentation with SPT-SEG, ZegCLIP and their family"
+    parser = argparse.ArgumentParser(prog="sptseg", **describe(title, "recipes", "train demo/spt-seg"))
     parser.add_argument("--version", action="version", version=f"sptseg {sptseg.__version__}")
     shtab.add_argument_to(parser, "--print-completion", help="print a completion script for this shell")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

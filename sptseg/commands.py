@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['parse_overrides', 'default_folder', 'first_comment', 'run_train', 'run_recipes', 'check_outputs', 'run_evaluate',
-           'check_root', 'run_prepare', 'run_convert_data', 'run_report', 'run_convert', 'run_check_reference',
-           'run_models', 'chosen_names', 'loading_options', 'run_predict', 'run_export', 'run_app']
+           'check_root', 'process_count', 'run_prepare', 'run_convert_data', 'run_report', 'run_convert',
+           'run_check_reference', 'run_models', 'chosen_names', 'loading_options', 'run_predict', 'run_export',
+           'run_app']
 
 # %% ../nbs/91_commands.ipynb #99d16d2d
 import argparse
@@ -120,6 +121,13 @@ def check_root(
     """Raise `UserError` if a file is in the place of a folder."""
     if root.is_file():
         raise UserError(f"{root}: is a file; name the folder of the dataset")
+
+# %% ../nbs/91_commands.ipynb #90cl0015
+def process_count(text: str) -> int:  # 0 or more
+    """Read a number of processes; a negative number, or no number, raises `ArgumentTypeError`."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes; use 0 or more")
+    return int(text)
 
 # %% ../nbs/91_commands.ipynb #91cm0015
 def run_prepare(arguments: argparse.Namespace) -> int:

@@ -199,9 +199,7 @@ FREE = {
 
 # %% ../../nbs/81_paper.complexity.ipynb #3e1dcf6a
 @contextmanager
-def filter_computed_before(
-    model: nn.Module,
-) -> Iterator[None]:
+def filter_computed_before(model: nn.Module) -> Iterator[None]:
     """Compute the spectral filter beforehand: it is the same for all images, and fvcore cannot trace it."""
     spectral = getattr(model.encoder, "spectral_prompt", None)
     if spectral is None:
@@ -216,9 +214,7 @@ def filter_computed_before(
 
 # %% ../../nbs/81_paper.complexity.ipynb #86b300c9
 @contextmanager
-def without_rounds(
-    model: nn.Module,
-) -> Iterator[None]:
+def without_rounds(model: nn.Module) -> Iterator[None]:
     """Leave out the rounds of OTSeg's transports: their number depends on the data."""
     transports = [module for module in model.modules() if isinstance(module, Transport)]
     before = [(one.rounds, one.threshold) for one in transports]
