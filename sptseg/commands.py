@@ -163,7 +163,7 @@ def run_convert_data(arguments: argparse.Namespace) -> int:
 # %% ../nbs/91_commands.ipynb #91cm0019
 def run_report(arguments: argparse.Namespace) -> int:
     """Report the content of a dataset."""
-    from sptseg.data.benchmarks import load_benchmark
+    from sptseg.data.benchmarks import ON_DISK, load_benchmark
     from sptseg.data.report import report_text, show_report
     from sptseg.data.survey import survey
     from sptseg.plots import figure_format, save_figure, use_style
@@ -171,6 +171,10 @@ def run_report(arguments: argparse.Namespace) -> int:
     use_style()
     path = arguments.out or Path(f"report-{arguments.dataset}-{arguments.split}.png")
     figure_format(path)  # a path that cannot be written is an error before the survey
+    if arguments.root is not None and arguments.dataset not in ON_DISK:
+        raise UserError(
+            f"{arguments.root}: dataset {arguments.dataset!r} is drawn and reads no folder; leave out --root"
+        )
     benchmark = load_benchmark(arguments.dataset, root=arguments.root, training=arguments.split == "train", size=96)
     data = benchmark.train if arguments.split == "train" else benchmark.val
     options = {"images": arguments.images, "workers": arguments.workers, "progress": not arguments.quiet}

@@ -194,6 +194,10 @@ def test_an_output_that_is_a_file_is_left_alone(row, capsys):
 BAD_PLACES = {  # what is wrong: (arguments, what the line must say)
     "a folder for a figure": (["data", "report", "glyphs-20", "--out", "empty"], "empty: is a folder"),
     "a figure of an unknown format": (["data", "report", "glyphs-20", "--out", "a.xyz"], "a.xyz: a figure cannot"),
+    "a folder for drawn images": (
+        ["data", "report", "glyphs-20", "--root", "empty"],
+        "empty: dataset 'glyphs-20' is drawn",
+    ),
     "a folder for metrics": (["evaluate", "run", "--out", "empty"], "empty: is a folder"),
     "a file for details": (["evaluate", "run", "--details", "row.yaml"], "row.yaml: is a file"),
     "a file for a dataset": (["data", "voc", "--root", "row.yaml", "--download"], "row.yaml: is a file"),

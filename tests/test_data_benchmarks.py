@@ -166,8 +166,3 @@ def test_another_data_seed_draws_other_images_for_training_and_test():
 
     assert torch.equal(images(0), images(0))
     assert (images(0) != images(1)).flatten(1).any(1).all(), "no image is in both"
-
-
-def test_a_folder_for_drawn_images_is_refused(tmp_path):
-    with pytest.raises(UserError, match=f"{tmp_path}: dataset 'glyphs-20' is drawn"):
-        load_benchmark("glyphs-20", size=48, root=tmp_path)

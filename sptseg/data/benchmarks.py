@@ -43,12 +43,9 @@ def glyph_benchmark(
     train_images: int | None = None,  # number of training images; None: 2,000
     val_images: int | None = None,  # number of test images; None: 400
     seed: int = 0,  # other seeds give other images, for training and test
-    root: str | Path | None = None,  # a drawn dataset has no folder; one raises `UserError`
     **_,  # options of datasets on disk
 ) -> Benchmark:
     """Make a benchmark of drawn images."""
-    if root is not None:
-        raise UserError(f"{root}: dataset {label_set!r} is drawn and reads no folder; leave out data_root (--root)")
     lengths = {"train": train_images or 2000, "val": val_images or 400}
     options = {"label_set": label_set, "size": size, "seed": seed}
     scenes = {part: GlyphScenes(split=part, length=lengths[part], **options) for part in lengths}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['image_files', 'list_images', 'check_folder', 'read_class_file', 'mask_notes', 'remove_results', 'claim_results',
-           'check_foreign', 'save_scores', 'Outcome', 'is_finished', 'label_files']
+           'check_foreign', 'save_scores', 'Outcome', 'has_results', 'label_files']
 
 # %% ../../nbs/50_inference.folders.ipynb #49a10002
 import hashlib
@@ -159,7 +159,7 @@ class Outcome:
     failed: list[str] = field(default_factory=list)  # one error message per image
 
 # %% ../../nbs/50_inference.folders.ipynb #49a10013
-def is_finished(
+def has_results(
     out: Path,  # folder of results
     stem: str,  # of the image
     notes: dict[str, str],  # texts that the mask must store: the hashes of the image and of the legend
@@ -188,7 +188,7 @@ def label_files(
     for stem, path in tqdm(images.items(), desc="predict", disable=not progress):
         try:
             notes = {"image": hashlib.sha256(read_bytes(path)).hexdigest(), "legend": legend_digest(legend)}
-            if not overwrite and is_finished(out, stem, notes, scores):
+            if not overwrite and has_results(out, stem, notes, scores):
                 outcome.kept.append(stem)
                 continue
             result = predictor.label(path, query, scores)
