@@ -51,15 +51,13 @@ demo: $(STAMP) ## train ZegCLIP and SPT-SEG on the built-in benchmark, compare t
 # see Snakefile; Snakemake's own lock would survive a kill, so the Snakefile takes another one
 define batch
 	@$(PY) -c 'import sys; sys.version_info < (3, 11) and sys.exit("error: the batch needs Python 3.11 or newer, as Snakemake does; single runs by papermill do not")'
-	@echo "looking for what is missing or out of date for: $(1) (BENCH=$(BENCH) SEEDS=$(SEEDS) JOBS=$(JOBS))"
+	@echo "looking for what is missing or out of date for: $(1) (BENCH=$(BENCH)$(if $(SEEDS), SEEDS=$(SEEDS)) JOBS=$(JOBS))"
 	@snakemake --cores $(JOBS) --jobs $(JOBS) --keep-going --rerun-incomplete --nolock --forcerun train draw_table draw_figures \
-		--config bench=$(BENCH) seeds=$(SEEDS) --quiet host reason $(if $(2),$(2),rules progress) $(SNAKEMAKE) -- $(1)
+		--config bench=$(BENCH) $(if $(SEEDS),seeds=$(SEEDS)) --quiet host reason $(if $(2),$(2),rules progress) $(SNAKEMAKE) -- $(1)
 endef
 done = @echo "up to date: $(1)"
 
-tables table1 table2 table3 table4 losses options search study spectral family efficiency figures dry: SEEDS ?= 3
-
-tables: $(STAMP) ## all tables, from the runs that they need (BENCH=glyphs-20|glyphs-stuff|voc|coco SEEDS=3 JOBS=2)
+tables: $(STAMP) ## all tables, from the runs that they need (BENCH=glyphs-20|glyphs-stuff|voc|coco SEEDS=3 JOBS=2; without SEEDS as many as the table names)
 	$(call batch,$@)
 	@for file in figures/$(BENCH)-*.md; do echo "up to date: $$file"; done
 

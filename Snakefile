@@ -1,6 +1,7 @@
 # The batch: every run, table and figure, made again only if it is missing or out of date.
 #
-#   make tables BENCH=glyphs-20 SEEDS=3 JOBS=2     all tables (make table1, … for one), three seeds, two runs at a time
+#   make tables BENCH=glyphs-20 SEEDS=3 JOBS=2     all tables (make table1, … for one), three seeds, two runs at a time;
+#                                                  without SEEDS, each table has the number of seeds that data/tables.yaml names
 #   make figures                                   all figures
 #   make dry TARGET=tables                         what would run
 #
@@ -24,12 +25,11 @@ import logging
 import sys
 
 from sptseg.paper.batch import lock_batch, read_seeds, say, sums_agree, write_plan
-from sptseg.paper.tables import is_current, record_path, recipes_of, rows_of, table_names
+from sptseg.paper.tables import is_current, record_path, recipes_of, rows_of, seeds_of, table_names
 
 BENCH = str(config.get("bench", "glyphs-20"))
-SEEDS = read_seeds(config.get("seeds", 3))  # 3: seeds 0, 1 and 2; "0,2": seeds 0 and 2
 TABLES = table_names(BENCH)
-PARAMETERS = f"bench: {BENCH}, seeds: {SEEDS}, folder: figures"  # of the notebooks for tables and figures
+SEEDS = {table: read_seeds(config["seeds"]) if "seeds" in config else seeds_of(table, BENCH) for table in TABLES}
 
 # Snakemake reports every step at length; the commands below report progress in one line each. Errors, dry runs and the
 # messages of clusters are still shown.
@@ -37,9 +37,19 @@ if not {"-n", "--dry-run", "--executor"} & set(sys.argv):
     logging.getLogger("snakemake.logging").setLevel(logging.ERROR)
 
 
+def parameters(table):
+    """Parameters of the notebooks for tables and figures."""
+    return f"bench: {BENCH}, seeds: {SEEDS[table]}, folder: figures"
+
+
+def runs(tables):
+    """Recipe and seed of all runs in some tables."""
+    return {(recipe, seed): None for table in tables for recipe in recipes_of([table], BENCH) for seed in SEEDS[table]}
+
+
 def records(tables):
     """Records of all runs in some tables."""
-    return [str(record_path(recipe, seed)) for recipe in recipes_of(tables, BENCH) for seed in SEEDS]
+    return [str(record_path(recipe, seed)) for recipe, seed in runs(tables)]
 
 
 def sources(tables):
@@ -59,7 +69,7 @@ def sums(name):
 # or whose files were deleted. Only such files are inputs below, and `--forcerun` makes Snakemake remake all of them. A rule
 # without input would always run, so its input is data/tables.yaml if nothing is out of date.
 OUTDATED = {
-    *(str(record_path(recipe, seed)) for recipe in recipes_of(TABLES, BENCH) for seed in SEEDS if not is_current(recipe, seed)),
+    *(str(record_path(recipe, seed)) for recipe, seed in runs(TABLES) if not is_current(recipe, seed)),
     *(sums(table) for table in TABLES if not sums_agree(sums(table), sources([table]))),
     *(sums("figures") for _ in [1] if not sums_agree(sums("figures"), sources(TABLES))),
 }
@@ -104,11 +114,11 @@ rule draw_table:
     log: "data/runs/tables/{bench}-{table}.ipynb", "data/runs/tables/{bench}-{table}.log"
     message: "write figures/{wildcards.bench}-{wildcards.table}.md, .csv, .tex"
     wildcard_constraints: bench=BENCH, table="|".join(TABLES)
-    params: sources=lambda wildcards: sources([wildcards.table])
+    params: sources=lambda wildcards: sources([wildcards.table]), given=lambda wildcards: parameters(wildcards.table)
     shell:
         "python -m sptseg.paper.batch step 'figures/{wildcards.bench}-{wildcards.table}.md, .csv, .tex' {log[0]} -- "
         "papermill nbs/runs/tables.ipynb {log[0]} --log-output --no-progress-bar"
-        " -p table {wildcards.table} -y '{{{PARAMETERS}}}'"
+        " -p table {wildcards.table} -y '{{{params.given}}}'"
         " && python -m sptseg.paper.batch sums {output} {params.sources} figures/{wildcards.bench}-{wildcards.table}.*"
 
 
@@ -119,11 +129,11 @@ rule draw_figures:
     log: "data/runs/figures/{bench}.ipynb", "data/runs/figures/{bench}.log"
     message: "draw figures/{wildcards.bench}-*.pdf, .png, .svg"
     wildcard_constraints: bench=BENCH
-    params: sources=sources(TABLES)
+    params: sources=sources(TABLES), given=parameters("table1")
     shell:
         "python -m sptseg.paper.batch step 'figures/{wildcards.bench}-*.pdf, .png, .svg' {log[0]} -- "
         "papermill nbs/runs/figures.ipynb {log[0]} --log-output --no-progress-bar"
-        " -p results data/results -p runs data/runs -y '{{{PARAMETERS}}}'"
+        " -p results data/results -p runs data/runs -y '{{{params.given}}}'"
         " && python -m sptseg.paper.batch sums {output} {params.sources} figures/{wildcards.bench}-*.pdf figures/{wildcards.bench}-*.png"
         " figures/{wildcards.bench}-*.svg"
 

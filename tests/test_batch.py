@@ -39,7 +39,7 @@ TABLES = {
     "benches": {"tiny": {"title": "Tiny", "published": "pascal_voc_2012"}},
     "tables": {
         "table1": {"title": "Table 1", **ABOUT, "sections": [{"rows": ROWS[:2]}]},
-        "table2": {"title": "Table 2", **ABOUT, "sections": [{"rows": ROWS[1:]}]},
+        "table2": {"title": "Table 2", **ABOUT, "seeds": {"tiny": 1}, "sections": [{"rows": ROWS[1:]}]},
     },
 }
 BIN = Path(sys.executable).parent
@@ -82,9 +82,9 @@ def finish(process):
     return output
 
 
-def to_run(checkout, target):
+def to_run(checkout, target, **variables):
     """What a dry run lists, without the rule that was asked for."""
-    output = finish(make(checkout, "dry", TARGET=target))
+    output = finish(make(checkout, "dry", TARGET=target, **variables))
     jobs = re.findall(r"^Job \d+: (.*)$", output, re.M)
     assert bool(jobs) != ("Nothing to be done" in output), output
     return sorted(jobs)
@@ -191,6 +191,14 @@ def test_nothing_runs_again_but_what_changed_whatever_the_times_of_files(batch, 
     os.utime(recipe, (1e9, 1e9))
     assert to_run(clone, "tables") == [
         *(f"run table1/tiny/{name}, seed {seed}" for name in ("impossible", "zegclip") for seed in (0, 1)),
+        *(f"write figures/tiny-{table}.md, .csv, .tex" for table in ("table1", "table2")),
+    ]
+
+
+def test_without_seeds_every_table_has_its_own_number_of_runs(batch):
+    assert to_run(batch[0], "tables", SEEDS="") == [
+        "run table1/tiny/impossible, seed 0",
+        *(f"run table1/tiny/{name}, seed 2" for name in ("spt-seg", "zegclip")),
         *(f"write figures/tiny-{table}.md, .csv, .tex" for table in ("table1", "table2")),
     ]
 
