@@ -152,6 +152,8 @@ def test_bad_paths_are_refused(photos, tmp_path, capsys):
     out.mkdir()
     (out / "scene-1.png").write_bytes((photos / "scene-2.png").read_bytes())
     assert "was not written by sptseg" in refusal(capsys, *common, photos, "--out", out, "--quiet")
+    (out / "scene-1.png").rename(out / "scene-2-overlay.png")
+    assert "scene-2-overlay.png: exists and was not" in refusal(capsys, *common, photos, "--out", out, "--quiet")
     assert str(photos / "scene-1.png") in refusal(capsys, *common, photos, "--out", photos / "scene-1.png", "--quiet")
 
 

@@ -209,9 +209,9 @@ def run_recipe_path(
     """Find the recipe of a run; a folder without one raises a `UserError` that names the most similar run beside it."""
     if (path := run / "recipe.yaml").is_file():
         return path
-    problem = f"{path} is missing, so this is not the folder of a run" if run.is_dir() else "this run does not exist"
-    beside = [str(file.parent) for file in run.parent.glob("*/recipe.yaml")]
-    remedy = nearest_name(str(run), beside) or "name the folder that `sptseg train` wrote"
+    problem = "holds no recipe.yaml, so it is not the folder of a run" if run.is_dir() else "this run does not exist"
+    beside = [file.parent.name for file in run.parent.glob("*/recipe.yaml")]
+    remedy = nearest_name(run.name, beside) or "name the folder that `sptseg train` wrote"
     raise UserError(f"{run}: {problem}; {remedy}")
 
 # %% ../../nbs/53_evaluation.evaluate.ipynb #763839e0

@@ -128,9 +128,12 @@ def check_foreign(
     out: Path,  # folder to write to
     stems: Sequence[str],  # of the images
 ) -> None:
-    """Refuse to replace a file `STEM.png` that sptseg did not write, with a `UserError`."""
-    for path in (out / f"{stem}.png" for stem in stems):
-        if path.exists() and "legend" not in mask_notes(path):
+    """Refuse to replace a mask, overlay or file of scores that sptseg did not write, with a `UserError`."""
+    for stem in stems:
+        mask, *others = (out / f"{stem}{ending}" for ending in (".png", "-overlay.png", "-scores.npy"))
+        foreign = [mask] if "legend" not in mask_notes(mask) else []
+        foreign += [] if (out / LEGEND).exists() else others
+        if path := next((path for path in foreign if path.exists()), None):
             raise UserError(f"{path}: exists and was not written by sptseg; choose another folder, or overwrite it")
 
 # %% ../../nbs/50_inference.folders.ipynb #ad870d72
