@@ -57,7 +57,7 @@ define batch
 endef
 done = @echo "up to date: $(1)"
 
-tables: $(STAMP) ## all tables, from the runs that they need (BENCH=glyphs-20|glyphs-stuff|voc|coco SEEDS=3 JOBS=2; without SEEDS as many as the table names)
+tables: $(STAMP) ## all tables, from the runs that they need (BENCH=glyphs-20|glyphs-stuff|voc|coco SEEDS=3 JOBS=2; without SEEDS as data/tables.yaml says)
 	$(call batch,$@)
 	@for file in figures/$(BENCH)-*.md; do echo "up to date: $$file"; done
 
