@@ -87,7 +87,7 @@ def facts_of(
     facts = []
     if any(row.recipe for row in rows):
         spread = " (mean ± standard deviation over runs)" if len(seeds) > 1 else ""
-        facts += [f"seeds {', '.join(map(str, seeds))}{spread}", *sorted(set(lengths))]
+        facts += [f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}{spread}", *sorted(set(lengths))]
     facts += [f"speed and memory on {device}" for device in sorted(set(devices))]
     return facts + [f"commits {', '.join(commits)}" if commits else "nothing measured yet"]
 
@@ -205,7 +205,7 @@ def demo_table(
     minutes = statistics.mean(results["seconds"].values()) / 60
     lines += [
         "",
-        f"{results['test_images']} test images; seeds {', '.join(map(str, seeds))}"
+        f"{results['test_images']} test images; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
         + (" (mean ± standard deviation)" if len(seeds) > 1 else "")
         + f"; {recipe['iterations']} iterations of {recipe['batch_size']} images, {minutes:.1f} minutes per run;"
         + f" commit {results['commit']}; command: `{results['command']}`",
