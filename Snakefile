@@ -65,13 +65,13 @@ def sums(name):
     return f"data/results/sums/{BENCH}-{name}.txt"
 
 
-# A file is out of date by content, since git keeps no times: a record of another recipe, or a table whose sources changed
-# or whose files were deleted. Only such files are inputs below, and `--forcerun` makes Snakemake remake all of them. A rule
-# without input would always run, so its input is data/tables.yaml if nothing is out of date.
-OUTDATED = {
-    *(str(record_path(recipe, seed)) for recipe, seed in runs(TABLES) if not is_current(recipe, seed)),
-    *(sums(table) for table in TABLES if not sums_agree(sums(table), sources([table]))),
-    *(sums("figures") for _ in [1] if not sums_agree(sums("figures"), sources(TABLES))),
+# A file is out of date by content, since git keeps no times: a record of another recipe, or a table with a missing record,
+# with changed sources or with deleted files. Only such files are inputs below, and `--forcerun` makes Snakemake remake all of
+# them. A rule without input would always run, so its input is data/tables.yaml if nothing is out of date.
+MISSING = {str(record_path(recipe, seed)) for recipe, seed in runs(TABLES) if not is_current(recipe, seed)}
+DRAWN = {sums("figures"): TABLES, **{sums(table): [table] for table in TABLES}}  # list of sums → tables that it is about
+OUTDATED = MISSING | {
+    name for name, tables in DRAWN.items() if MISSING & set(records(tables)) or not sums_agree(name, sources(tables))
 }
 PLAN = set()  # records that this batch makes, to estimate the time
 
