@@ -334,7 +334,8 @@ def test_missing_or_broken_weights_are_refused(finished, tmp_path, capsys, weigh
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
-    assert "not the folder of a run" in refusal(capsys, "evaluate", tmp_path)
+    refused = refusal(capsys, "evaluate", tmp_path)
+    assert refused.count(str(tmp_path)) == 1 and "not the folder of a run" in refused and "did you mean" not in refused
     assert f"{tmp_path / 'gone'}: this run does not exist" in refusal(capsys, "evaluate", tmp_path / "gone")
 
 

@@ -8,6 +8,7 @@ __all__ = ['benchmark_of', 'load_parts', 'biased_classes', 'file_notes', 'eval_l
            'run_recipe_path', 'recipe_of_run', 'load_model', 'evaluate_weights', 'evaluation_path']
 
 # %% ../../nbs/53_evaluation.evaluate.ipynb #5ec4c09b
+import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from ..core import UserError, nearest_name, provenance, read_yaml, save_json
+from ..core import UserError, provenance, read_yaml, save_json
 from ..data.benchmarks import Benchmark, data_identity, digest, load_benchmark
 from ..data.folder import folder_labels
 from ..data.integrity import check_readable, read_batches
@@ -211,7 +212,8 @@ def run_recipe_path(
         return path
     problem = "holds no recipe.yaml, so it is not the folder of a run" if run.is_dir() else "this run does not exist"
     beside = [file.parent.name for file in run.parent.glob("*/recipe.yaml")]
-    remedy = nearest_name(run.name, beside) or "name the folder that `sptseg train` wrote"
+    close = difflib.get_close_matches(run.name, beside, 1)
+    remedy = f"did you mean '{run.parent / close[0]}'?" if close else "name the folder that `sptseg train` wrote"
     raise UserError(f"{run}: {problem}; {remedy}")
 
 # %% ../../nbs/53_evaluation.evaluate.ipynb #763839e0
