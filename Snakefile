@@ -44,7 +44,8 @@ def parameters(table):
 
 def runs(tables):
     """Recipe and seed of all runs in some tables."""
-    return {(recipe, seed): None for table in tables for recipe in recipes_of([table], BENCH) for seed in SEEDS[table]}
+    found = ((recipe, seed) for table in tables for recipe in recipes_of([table], BENCH) for seed in SEEDS[table])
+    return list(dict.fromkeys(found))  # without repetition
 
 
 def records(tables):
