@@ -12,6 +12,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -113,14 +114,27 @@ KILLED_WHEN = [  # by records that are there, and runs that have a checkpoint an
 ]
 
 
+def is_alive(process):
+    """Whether a process still runs; a dead one may still be listed until someone waits for it."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def kill_when(checkout, moment):
     """Start `make tables` and kill it with all it started; returns the records then, and what it had printed."""
     process, deadline = make(checkout, "tables"), time.time() + 240
     while not moment(records(checkout), unfinished(checkout)):
         assert time.time() < deadline and process.poll() is None, finish(process)
         time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGSTOP)  # nothing starts while its children are listed
+    started = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    while any(map(is_alive, started)):  # kernels are groups of their own, and end when they find their parent dead
+        assert time.time() < deadline, started
+        time.sleep(0.02)
     os.set_blocking(process.stdout.fileno(), False)
     return records(checkout), os.read(process.stdout.fileno(), 2**20).decode()
 

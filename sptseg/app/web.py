@@ -23,7 +23,7 @@ from ..core import UserError
 from ..data.folder import IMAGE_SUFFIXES
 from ..inference.images import example_images
 from ..inference.predictor import EncodedImage, Predictor, parse_names
-from ..inference.results import LEGEND, MAX_NAMES, Result, blend, class_colours
+from ..inference.results import LEGEND, MAX_NAMES, Result, blend, class_colours, result_files
 
 # %% ../../nbs/78_app.web.ipynb #78wb0001
 def legend_entry(
@@ -121,7 +121,7 @@ def offer_files(
 ) -> list[dict]:  # updates of the buttons for mask, overlay and legend
     """Write the files of a result to a new subfolder, and let the buttons offer them."""
     mask = result.save(tempfile.mkdtemp(dir=folder))
-    paths = (mask, mask.with_name(f"{mask.stem}-overlay.png"), mask.with_name(LEGEND))
+    paths = (*result_files(mask.parent, mask.stem)[:2], mask.with_name(LEGEND))
     return [gr.update(value=str(path), interactive=True) for path in paths]
 
 # %% ../../nbs/78_app.web.ipynb #78wb0016

@@ -22,7 +22,7 @@ from ..core import UserError, read_yaml, write_atomically
 from ..data.files import read_bytes
 from ..data.folder import IMAGE_SUFFIXES
 from .predictor import Predictor, Query, clean_names
-from .results import LEGEND, Result, legend_digest, query_legend, save_legend
+from .results import LEGEND, Result, legend_digest, query_legend, result_files, save_legend
 
 # %% ../../nbs/50_inference.folders.ipynb #49a10005
 def image_files(
@@ -107,8 +107,8 @@ def remove_results(
     """Remove the masks, overlays and scores of a legend; other files stay."""
     for path in out.glob("*.png"):
         if mask_notes(path).get("legend") == digest:
-            for name in (path.name, f"{path.stem}-overlay.png", f"{path.stem}-scores.npy"):
-                (out / name).unlink(missing_ok=True)
+            for file in result_files(out, path.stem):
+                file.unlink(missing_ok=True)
 
 
 def claim_results(
@@ -130,7 +130,7 @@ def check_foreign(
 ) -> None:
     """Refuse to replace a mask, overlay or file of scores that sptseg did not write, with a `UserError`."""
     for stem in stems:
-        mask, *others = (out / f"{stem}{ending}" for ending in (".png", "-overlay.png", "-scores.npy"))
+        mask, *others = result_files(out, stem)
         foreign = [mask] if "legend" not in mask_notes(mask) else []
         foreign += [] if (out / LEGEND).exists() else others
         if path := next((path for path in foreign if path.exists()), None):
@@ -169,8 +169,8 @@ def has_results(
     scores: bool,  # whether STEM-scores.npy is needed, too
 ) -> bool:
     """Check that all files of an image exist and that its mask belongs to the same image and legend."""
-    wanted = [f"{stem}.png", f"{stem}-overlay.png"] + [f"{stem}-scores.npy"] * scores
-    return all((out / name).exists() for name in wanted) and mask_notes(out / f"{stem}.png").items() >= notes.items()
+    mask, *others = result_files(out, stem)[: 2 + scores]
+    return all(path.exists() for path in (mask, *others)) and mask_notes(mask).items() >= notes.items()
 
 # %% ../../nbs/50_inference.folders.ipynb #fbdc974b
 def label_files(
@@ -196,7 +196,7 @@ def label_files(
                 continue
             result = predictor.label(path, query, scores)
             if scores:
-                save_scores(out / f"{stem}-scores.npy", result)
+                save_scores(result_files(out, stem)[2], result)
             result.save(out, stem, image=notes["image"])
             outcome.labelled.append(stem)
         except UserError as error:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIN_SIDE', 'MAX_SIDE', 'MAX_NAMES', 'DEJAVU', 'LEGEND', 'none_label', 'class_colours', 'font_file', 'region_centre',
            'scale_nearest', 'drawn_size', 'blend', 'draw_names', 'add_legend', 'area_shares', 'draw_overlay',
-           'save_mask', 'query_legend', 'legend_digest', 'save_legend', 'image_bytes', 'Result']
+           'save_mask', 'query_legend', 'legend_digest', 'result_files', 'save_legend', 'image_bytes', 'Result']
 
 # %% ../../nbs/49_inference.results.ipynb #47a10002
 import base64
@@ -210,6 +210,14 @@ def legend_digest(
     model = {key: value for key, value in legend.get("model", {}).items() if key != "name"}
     return hashlib.sha256(json.dumps({**legend, "model": model}, sort_keys=True).encode()).hexdigest()
 
+# %% ../../nbs/49_inference.results.ipynb #49rs0032
+def result_files(
+    folder: Path,  # of the results
+    stem: str,  # of the image
+) -> tuple[Path, Path, Path]:  # mask, overlay, scores
+    """Name the files of an image."""
+    return tuple(folder / f"{stem}{ending}" for ending in (".png", "-overlay.png", "-scores.npy"))
+
 # %% ../../nbs/49_inference.results.ipynb #49rs0018
 def save_legend(
     folder: str | Path,  # of the masks
@@ -290,11 +298,11 @@ class Result:
 
     def save(self, folder: str | Path, stem: str | None = None, *, overwrite: bool = False, **notes: str) -> Path:
         """Write legend.json, STEM-overlay.png and finally the mask STEM.png; return the path of the mask."""
-        folder, stem = Path(folder), stem or self.stem
+        mask, overlay, _ = result_files(Path(folder), stem or self.stem)
         save_legend(folder, self.legend(), overwrite)
-        write_atomically(folder / f"{stem}-overlay.png", lambda temporary: self.overlay().save(temporary, "PNG"))
+        write_atomically(overlay, lambda temporary: self.overlay().save(temporary, "PNG"))
         notes["legend"] = legend_digest(self.legend())
-        return save_mask(folder / f"{stem}.png", self.labels, self.classes, **notes)
+        return save_mask(mask, self.labels, self.classes, **notes)
 
     def _repr_png_(self) -> bytes:
         return image_bytes(self.overlay().quantize(255), "PNG")  # a third of the size of all colours
